@@ -1,0 +1,17 @@
+# A character-level model of Shakespeare in about three minutes on two CPU cores, seconds to a minute on a GPU:
+#     python train.py config/train_shakespeare.py
+dataset = 'shakespeare'
+offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
+
+n_layer = 4
+n_head = 6
+n_kv_head = 2
+n_embd = 192
+block_size = 128
+batch_size = 8
+
+max_iters = 1000
+lr_schedule = 'linear'
+weight_decay = 0.0
+eval_interval = 250
+eval_iters = 0

@@ -1,0 +1,190 @@
+"""Text from a trained model.
+
+    python sample.py --start="ROMEO:"
+    python sample.py --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
+    python sample.py --interactive              # type, read, go on
+"""
+
+import codecs
+import os
+import sys
+import time
+
+import torch
+
+import hardware
+from configurator import configure, plain_errors, stop as refuse
+from model import KVCache, load_checkpoint, load_model
+from prepare import Tokenizer, printable
+
+# ----------------------------------------------------------------------------
+# settings
+out_dir = 'out'  # folder with best.pt, or ckpt.pt; or the path of a checkpoint
+start = ''  # text to go on from, or FILE:path; empty: a document's beginning
+num_samples = 1  # texts, drawn in one batch
+max_new_tokens = 500  # tokens in each
+temperature = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
+top_k = 200  # draw from so many likeliest tokens; 0: all
+top_p = 1.0  # draw from the fewest tokens that have this probability together; 1: all
+stop = ''  # end a text where this stands in it
+seed = 0  # of the draws; 0: other text each time
+interactive = False  # type, read, go on; the model is loaded once
+device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
+dtype = 'auto'  # of weights and arithmetic: auto, float32, bfloat16, float16
+threads = 0  # CPU threads; 0: torch's choice
+# ----------------------------------------------------------------------------
+config = configure(__file__)
+globals().update(config)
+ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 2**16))
+
+
+def check(name, value):
+    low, high = ranges[name]
+    if not low <= value <= high:
+        raise ValueError(f'{name} is {value}: it must be from {low} to {high:g}')
+
+
+with plain_errors():
+    for name in ranges:
+        check(name, config[name])
+    device = hardware.pick_device(device)
+    dtype = hardware.pick_dtype(device, dtype)
+    path = out_dir if os.path.isfile(out_dir) else os.path.join(out_dir, 'best.pt')
+    if not os.path.exists(path):
+        path = os.path.join(out_dir, 'ckpt.pt')
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint).to(device, getattr(torch, dtype))
+    coder = Tokenizer(checkpoint['tokenizer'])
+    if coder.vocab_size != model.config.vocab_size:
+        raise ValueError(f"{path}: the tokenizer has {coder.vocab_size} ids, the model {model.config.vocab_size}")
+hardware.set_up(device, threads)
+model.eval()
+if device == 'cpu':
+    model.lay_out_for_decoding()
+block_size = model.config.block_size
+about = f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, {model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}'
+note = lambda text: print(text, file=sys.stderr, flush=True)  # stdout is the text alone
+generator = torch.Generator(device)
+generator.manual_seed(seed) if seed else generator.seed()
+
+
+def beginning():
+    """Ids of what stands before a document: the end of another one, or a line break."""
+    return [coder.end_of_text] if coder.end_of_text is not None else coder.encode('\n')
+
+
+def draw(ids, n, cache=None, **options):
+    """New tokens after ids, n rows at a time: lists of n ids."""
+    for new in model.stream(torch.tensor([ids]), max_new_tokens, num_samples=n, generator=generator, stop_token=coder.end_of_text, cache=cache, **options):
+        yield new.tolist()
+
+
+def text_of(tokens):
+    """ids -> pieces of text, no character cut in two, nothing that a terminal would obey; ends before the stop string."""
+    decode, held = codecs.getincrementaldecoder('utf-8')('replace').decode, ''
+    for id in tokens:
+        if id == coder.end_of_text:
+            break
+        held += decode(coder.token_bytes(id))
+        if stop and stop in held:
+            yield printable(held[: held.index(stop)])
+            return
+        ready = len(held) - max(0, len(stop) - 1)  # the rest may be the beginning of the stop string
+        if ready > 0:
+            yield printable(held[:ready])
+            held = held[ready:]
+    yield printable(held + decode(b'', True))
+
+
+def write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def talk():
+    """A prompt, the text that follows, and again; the context stays, up to the window."""
+    try:
+        import readline  # history and editing, where there is one
+    except ImportError:
+        pass
+    note(f'{about}\nA model that completes documents, not an assistant: type how a text begins. \\n is a line break, an empty line goes on, /help lists commands.')
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    waiting, cache = [], None  # ids that the cache has not read yet
+
+    while True:
+        try:
+            typed = input('\n> ')
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        word, _, value = typed.partition(' ')
+        try:
+            if word in ('/temperature', '/top_k', '/top_p', '/tokens', '/seed'):
+                name = {'/tokens': 'max_new_tokens'}.get(word, word[1:])
+                number = type(config[name])(value)
+                check(name, number)
+                if name == 'seed':
+                    generator.manual_seed(number)
+                elif name == 'max_new_tokens':
+                    globals().update(max_new_tokens=number)
+                else:
+                    options[name] = number
+            elif word == '/reset':
+                waiting, cache = [], None
+            elif word == '/info':
+                print(about, options, f'tokens {max_new_tokens}', f'context {cache.position + len(waiting) if cache else 0}', sep='\n')
+            elif word == '/quit':
+                return
+            elif word.startswith('/'):
+                print('/temperature 0.9, /top_k 50, /top_p 0.9, /tokens 300, /seed 7, /reset (forget), /info, /quit; Ctrl-C stops the text')
+            else:
+                if cache is None:
+                    cache, waiting = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
+                waiting = waiting + coder.encode(typed.replace('\\n', '\n'))
+                drawn = []
+
+                def tokens():
+                    for (id,) in draw(waiting, 1, cache, **options):
+                        drawn.append(id)
+                        yield id
+
+                try:
+                    for piece in text_of(tokens()):
+                        write(piece)
+                except KeyboardInterrupt:
+                    pass
+                print()
+                if drawn:  # the cache has read all but the last
+                    waiting = drawn[-1:]
+        except ValueError as error:
+            print(error)
+
+
+if interactive:
+    talk()
+    sys.exit()
+with plain_errors():
+    if start.startswith('FILE:'):
+        with open(start[5:], encoding='utf-8', newline='') as file:
+            start = file.read()
+    prompt = coder.encode(start) or beginning()
+note(about)
+if len(prompt) > block_size:
+    note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
+began, drawn = time.perf_counter(), []
+try:
+    rows = draw(prompt, num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
+    if num_samples == 1:
+        write(printable(start))
+        for piece in text_of(drawn.append(ids) or ids[0] for ids in rows):
+            write(piece)
+        print()
+    else:
+        drawn = list(rows)
+        for tokens in zip(*drawn):
+            print(printable(start) + ''.join(text_of(tokens)) + '\n' + '-' * 40)
+except KeyboardInterrupt:
+    print()
+    sys.exit(130)
+seconds = time.perf_counter() - began
+note(f'{len(drawn) * num_samples / seconds:,.0f} tokens/s')
