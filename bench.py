@@ -1,9 +1,9 @@
 """How fast: training (ms per update and where they go, tokens/s, MFU, memory), prefill and decoding.
 
-    python bench.py --model_preset=small                                    # the settings and flags of train.py, and those below
+    python bench.py --model_preset=small            # train.py's settings and flags, and those below
     python bench.py config/train_shakespeare.py --random_data=false
     python bench.py --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --vocab_size=50304 --batch_size=4
-    python bench.py --growth                                                # a table over block_size and over model size
+    python bench.py --growth                        # a table over block_size and over parameters
 
 Medians, with the quartiles in brackets; what is timed is waited for, warm-up does not count.
 """
@@ -47,25 +47,31 @@ def measure(*flags):
 
 
 if growth:
-    print('| parameters | block_size | batch | training tokens/s | peak memory, GiB | decoding tokens/s |\n|---|---|---|---|---|---|')
-    sizes = [(2, 2, 128), (4, 4, 256), (7, 5, 320), (8, 8, 512), (16, 10, 640), (28, 16, 1024)]
-    for (layers, heads, width), block in [((4, 4, 256), b) for b in (128, 256, 512, 1024, 2048, 4096)] + [(size, 256) for size in sizes]:
+    print('| parameters | block_size | batch | training tokens/s | peak memory, GiB | decoding tokens/s |\n' + '|---' * 6 + '|')
+    rows = [(4, 256, block) for block in (128, 256, 512, 1024, 2048, 4096)]
+    rows += [(*size, 256) for size in ((4, 128), (4, 256), (6, 384), (8, 512), (16, 640), (28, 1024))]
+    for layers, width, block in rows:
         batch = max(1, 4096 // block) if width < 512 else 4
-        f = measure(f'--n_layer={layers}', f'--n_head={heads}', f'--n_kv_head={heads // 2 or 1}' if heads != 5 else '--n_kv_head=1', f'--n_embd={width}',
-                    f'--block_size={block}', f'--batch_size={batch}', f'--vocab_size={vocab_size or 8192}')
-        print(f"| {f['parameters'] / 1e6:.1f}M | {block} | {batch} | {f['tokens_per_sec']:,.0f} | {f['peak_memory'] / 2**30:.2f} | {f['decode_tokens_per_sec']:,.0f} |"
-              if 'failed' not in f else f'| {layers} x {width} | {block} | {batch} | {f["failed"]} | | |', flush=True)
+        shape = dict(n_layer=layers, n_head=width // 64, n_kv_head=width // 128, n_embd=width, block_size=block, batch_size=batch)
+        f = measure(*(f'--{name}={value}' for name, value in shape.items()), f'--vocab_size={vocab_size or 8192}')
+        if 'failed' in f:
+            print(f'| {layers} layers, {width} wide | {block} | {batch} | {f["failed"]} | | |', flush=True)
+            continue
+        print(f"| {f['parameters'] / 1e6:.1f}M | {block} | {batch} | {f['tokens_per_sec']:,.0f} | "
+              f"{f['peak_memory'] / 2**30:.2f} | {f['decode_tokens_per_sec']:,.0f} |", flush=True)
     sys.exit()
 
 with plain_errors():
     device = hardware.pick_device(device)
     dtype = hardware.pick_dtype(device, dtype)
     data = None if random_data else prepare.load_dataset(dataset)
-    shape = {**presets[model_preset], **{name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size') if config[name]}}
+    wishes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size') if config[name]}
+    shape = {**presets.get(model_preset, presets['tiny']), **wishes}
     if n_head and not n_kv_head:
         shape['n_kv_head'] = n_head
     shape['vocab_size'] = data.meta['vocab_size'] if data else vocab_size or shape['vocab_size']
-    model_config = GPTConfig(**shape, mlp_ratio=mlp_ratio, dropout=dropout, bias=bias, gradient_checkpointing=gradient_checkpointing)
+    model_config = GPTConfig(**shape, mlp_ratio=mlp_ratio, dropout=dropout, bias=bias,
+                             gradient_checkpointing=gradient_checkpointing)
 if updates < 1 or decode_tokens < 0 or decode_batch < 1 or batch_size < 1:
     stop('updates, decode_batch and batch_size must be at least 1, decode_tokens at least 0')
 hardware.set_up(device, threads)
@@ -78,7 +84,8 @@ if compile == 'true':
     if problem := hardware.compile_problem(device):
         stop(f'torch.compile does not work here: {problem}')
     model = torch.compile(model)
-optimizer = make_optimizer(raw_model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay, hardware.fused_adamw(device))
+optimizer = make_optimizer(raw_model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
+                           hardware.fused_adamw(device))
 if data:
     batches = prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device)
 else:
@@ -120,7 +127,8 @@ hardware.reset_peak_memory(device)
 if profile:
     with torch.profiler.profile() as profiler:
         update()
-    print(profiler.key_averages().table(sort_by='self_cpu_time_total' if device == 'cpu' else 'self_device_time_total', row_limit=25, max_name_column_width=60))
+    by = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
+    print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
     sys.exit()
 timed = {name: [] for name in timed}
 for _ in range(updates):
@@ -132,10 +140,11 @@ if not peak:
     peak, origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
 tokens_per_sec = batch_size * block_size / seconds
 figures = dict(
-    device=hardware.device_name(device), torch=torch.__version__, dtype=dtype, compiled=compile == 'true', parameters=raw_model.n_params(),
-    block_size=block_size, batch_size=batch_size, ms_per_update={'all': [1000 * t for t in totals], **{k: [1000 * t for t in v] for k, v in timed.items()}},
-    tokens_per_sec=tokens_per_sec, mfu=raw_model.flops_per_token() * tokens_per_sec / peak, peak_flops=peak, peak_origin=origin,
+    device=hardware.device_name(device), torch=torch.__version__, dtype=dtype, compiled=compile == 'true',
+    parameters=raw_model.n_params(), block_size=block_size, batch_size=batch_size, tokens_per_sec=tokens_per_sec,
+    mfu=raw_model.flops_per_token() * tokens_per_sec / peak, peak_flops=peak, peak_origin=origin,
     peak_memory=hardware.peak_memory(device),
+    ms_per_update={name: [1000 * t for t in times] for name, times in dict(all=totals, **timed).items()},
 )
 if decode_tokens:
     del optimizer, batches
@@ -155,9 +164,12 @@ if decode_tokens:
     cache = KVCache(model_config, 1, 'meta', getattr(torch, dtype))
     cache_bytes = 2 * cache.k.nbytes * min(1.0, (context + decode_tokens / 2) / block_size)
     bandwidth = hardware.measure_bandwidth(device)
-    figures.update(context=context, decode_batch=decode_batch, prefill_tokens_per_sec=decode_batch * context / (stamps[0] - begin),
-                   decode_tokens_per_sec=decode_batch / gap, ms_per_decode_step=[1000 * t for t in gaps], bytes_per_decode_step=weight_bytes + decode_batch * cache_bytes,
-                   bandwidth=bandwidth, bandwidth_share=(weight_bytes + decode_batch * cache_bytes) / gap / bandwidth)
+    read = weight_bytes + decode_batch * cache_bytes
+    figures.update(
+        context=context, decode_batch=decode_batch, prefill_tokens_per_sec=decode_batch * context / (stamps[0] - begin),
+        decode_tokens_per_sec=decode_batch / gap, ms_per_decode_step=[1000 * t for t in gaps], bytes_per_decode_step=read,
+        bandwidth=bandwidth, bandwidth_share=read / gap / bandwidth,
+    )
 
 if json:
     print(json_format.dumps(figures))
@@ -170,10 +182,14 @@ def spread(values):
 
 
 f = figures
-print(f"{f['device']}, torch {f['torch']}, {dtype}, {'compiled' if f['compiled'] else 'eager'}; {f['parameters'] / 1e6:.2f}M parameters, {batch_size} x {block_size} tokens")
-print(f"training  {f['tokens_per_sec']:,.0f} tokens/s, MFU {f['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s ({origin}), peak memory {f['peak_memory'] / 2**30:.2f} GiB")
-print(f"          ms per update {spread(f['ms_per_update']['all'])}: " + ', '.join(f'{name} {spread(f["ms_per_update"][name])}' for name in timed))
+ms = {name: spread(times) for name, times in f['ms_per_update'].items()}
+print(f"{f['device']}, torch {f['torch']}, {dtype}, {'compiled' if f['compiled'] else 'eager'}; "
+      f"{f['parameters'] / 1e6:.2f}M parameters, {batch_size} x {block_size} tokens")
+print(f"training  {f['tokens_per_sec']:,.0f} tokens/s, MFU {f['mfu']:.1%} of {peak / 1e12:.3g} TFLOP/s ({origin}), "
+      f"peak memory {f['peak_memory'] / 2**30:.2f} GiB")
+print(f"          ms per update {ms.pop('all')}: " + ', '.join(f'{name} {text}' for name, text in ms.items()))
 if decode_tokens:
     print(f"prefill   {f['prefill_tokens_per_sec']:,.0f} tokens/s, {decode_batch} x {context} tokens")
-    print(f"decoding  {f['decode_tokens_per_sec']:,.0f} tokens/s, {spread(f['ms_per_decode_step'])} ms a step at batch {decode_batch}, context {context}; "
-          f"reads {f['bytes_per_decode_step'] / 1e6:,.1f} MB a step, {f['bandwidth_share']:.0%} of the {bandwidth / 1e9:.1f} GB/s that plain reading reaches")
+    print(f"decoding  {f['decode_tokens_per_sec']:,.0f} tokens/s, {spread(f['ms_per_decode_step'])} ms a step at batch "
+          f"{decode_batch}, context {context}; reads {read / 1e6:,.1f} MB a step, {f['bandwidth_share']:.0%} of the "
+          f"{bandwidth / 1e9:.1f} GB/s of plain reading")

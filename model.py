@@ -1,4 +1,4 @@
-"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; its optimizers, generation and checkpoints.
+"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; its optimizer, generation, checkpoints.
 
     python model.py        # the presets, and a forward, a backward and a generation as a self-check
 """
@@ -33,7 +33,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 2  # divides n_head
     n_embd: int = 384
-    mlp_ratio: float = 8 / 3  # hidden width over n_embd; SwiGLU has three matrices, so 8/3 costs what 4 costs GELU
+    mlp_ratio: float = 2.66  # hidden width over n_embd; SwiGLU has three matrices, so 8/3 costs what 4 costs GELU
     dropout: float = 0.0
     bias: bool = False
     use_rms_norm: bool = True  # else LayerNorm
@@ -71,8 +71,8 @@ class GPTConfig:
 
 
 class RMSNorm(Function):
-    """x / rms(x) over the last dimension, in float32; https://arxiv.org/abs/1910.07467 (4). No gain: every norm but the
-    last is followed by a matrix that can hold it. Only the output is kept for backward, which the next matrix keeps too."""
+    """x / rms(x) over the last dimension; https://arxiv.org/abs/1910.07467 (4). No gain: every norm but the last is
+    followed by a matrix that can hold it. Only the output is kept for backward, which the next matrix keeps anyway."""
 
     @staticmethod
     def forward(ctx, x):
@@ -90,28 +90,33 @@ class RMSNorm(Function):
 
 
 def rotate(x, cos, sin):
-    """RoPE, https://arxiv.org/abs/2104.09864 (34), half against half as in Hugging Face's Llama: each pair (i, i + head_dim / 2)
-    of x (B, T, heads, head_dim) turned by its position's angle; cos and sin are rope_table's."""
+    """RoPE, https://arxiv.org/abs/2104.09864 (34), half against half as in Hugging Face's Llama: each pair
+    (i, i + head_dim / 2) of x (B, T, heads, head_dim) turned by its position's angle; cos, sin from rope_table."""
     return (x * cos).addcmul_(x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
 def rope_table(start, length, head_dim, device=None):
-    """cos and sin (length, 1, head_dim) of the positions from start on, the minus of the first half's sin in it. The angles
-    are float64 on the CPU, so that positions in the millions still turn by the right one."""
+    """cos and sin (length, 1, head_dim) of the positions from start on, with the minus of the first half in sin. The
+    angles are made in float64 on the CPU, so that positions in the millions still turn by the right one."""
     frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device='cpu') / head_dim)
     angle = torch.outer(torch.arange(start, start + length, dtype=torch.float64, device='cpu'), frequency).unsqueeze(1)
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     return cos.float().to(device), sin.float().to(device)
 
 
+def swiglu(gate_up):
+    """silu(gate) * up, (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 class SwiGLU(Function):
-    """silu(gate) * up for (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
+    """swiglu that keeps its input alone for backward."""
 
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
@@ -162,7 +167,9 @@ class LinearCrossEntropy(Function):
 
 def norm(x, config):
     """RMSNorm or LayerNorm over the last dimension, without parameters."""
-    return RMSNorm.apply(x) if config.use_rms_norm else F.layer_norm(x, x.shape[-1:])
+    if not config.use_rms_norm:
+        return F.layer_norm(x, x.shape[-1:])
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Attention(nn.Module):
@@ -188,10 +195,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_head, -1, c.head_dim), k, v, attn_mask=mask)
             y = y.reshape(B, 1, C)
         else:
-            if c.n_kv_head != c.n_head and q.device.type == 'cpu':  # enable_gqa's backward takes 1.2 times as long there
+            if c.n_kv_head != c.n_head and q.device.type == 'cpu':  # enable_gqa takes 1.2 times as long there
                 k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.size(1) != c.n_head,
-                                               dropout_p=c.dropout if self.training else 0.0)
+            y = F.scaled_dot_product_attention(q, k, v, mask, c.dropout if self.training else 0.0, is_causal=mask is None,
+                                               enable_gqa=k.size(1) != c.n_head)
             y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.proj(y), c.dropout, self.training)
 
@@ -205,7 +212,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.up(x)
-        x = SwiGLU.apply(x) if self.config.use_swiglu else F.gelu(x)
+        if not self.config.use_swiglu:
+            x = F.gelu(x)
+        else:
+            x = SwiGLU.apply(x) if torch.is_grad_enabled() else swiglu(x)
         return F.dropout(self.down(x), self.config.dropout, self.training)
 
 
@@ -230,9 +240,10 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.cos, self.sin = rope_table(0, config.block_size, config.head_dim, device)  # of this lap around the ring
         self.config, self.position, self.lap = config, 0, 0
-        # On a GPU one token's step has fixed shapes (every slot is read, a mask hides the empty ones), so that it can be
-        # captured as a graph; elsewhere only the filled slots are read.
-        self.fixed = torch.zeros(2, 1, dtype=torch.int64, device=device) if torch.device(device).type == 'cuda' else None
+        # On a GPU one token's step has fixed shapes, every slot read and a mask on the empty ones, so that a graph can
+        # hold it; `fixed` has its slot and the last filled one. Elsewhere only the filled slots are read.
+        on_gpu = torch.device(device).type == 'cuda'
+        self.fixed = torch.zeros(2, 1, dtype=torch.int64, device=device) if on_gpu else None
 
     def place(self, T):
         """Get ready for the next T positions, which lie in one lap."""
@@ -240,8 +251,9 @@ class KVCache:
         lap, self.start = divmod(self.position, size)
         if lap != self.lap:
             self.lap = lap
-            for table, values in zip((self.cos, self.sin), rope_table(self.position - self.start, size, self.config.head_dim)):
-                table.copy_(values)
+            cos, sin = rope_table(self.position - self.start, size, self.config.head_dim)
+            self.cos.copy_(cos)
+            self.sin.copy_(sin)
         self.mask = None
         if T > 1 and self.position > 0:
             past = min(self.position, size - 1)
@@ -263,11 +275,13 @@ class KVCache:
             old_v.index_copy_(2, self.fixed[0], v)
             return old_k, old_v, torch.arange(self.config.block_size, device=k.device) <= self.fixed[1]
         if T == 1:
-            old_k[:, :, start : start + 1], old_v[:, :, start : start + 1] = k, v
+            old_k.narrow(2, start, 1).copy_(k)
+            old_v.narrow(2, start, 1).copy_(v)
             filled = min(self.position + 1, self.config.block_size)
-            return old_k[:, :, :filled], old_v[:, :, :filled], None
+            return old_k.narrow(2, 0, filled), old_v.narrow(2, 0, filled), None
         older = [slice(start + 1, None)] * (self.lap > 0) + [slice(0, start)]  # what a window can still reach, in order
-        keys, values = torch.cat([old_k[:, :, s] for s in older] + [k], 2), torch.cat([old_v[:, :, s] for s in older] + [v], 2)
+        keys = torch.cat([*(old_k[:, :, slots] for slots in older), k], dim=2)
+        values = torch.cat([*(old_v[:, :, slots] for slots in older), v], dim=2)
         old_k[:, :, start : start + T], old_v[:, :, start : start + T] = k, v
         return keys, values, self.mask
 
@@ -291,9 +305,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=(1 if p is self.embedding.weight else 0.5 * p.size(1) ** 0.5) / p.size(1))
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
-        """(B, T) int64 -> logits, loss. With targets (B, T), -1 not counting: (B, T, vocab_size) and a scalar, or None and
-        the scalar with return_logits=False, which never holds all logits at once. Without: (B, 1, vocab_size) for the last
-        position, and None; with a cache the input continues what the cache has read, else T is at most block_size."""
+        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size) and a scalar;
+        return_logits=False gives None and the scalar, and never holds all logits at once. Without targets: the last
+        position's (B, 1, vocab_size) and None. T is at most block_size, or with a cache, which it continues, any."""
         size = self.config.block_size
         if cache is not None:
             while input_ids.size(1):
@@ -329,13 +343,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Of one training step, forward and backward: 6 N + 12 L H Q T, PaLM's appendix B, https://arxiv.org/abs/2204.02311."""
+        """Of a training step, forward and backward: 6 N + 12 L H Q T; appendix B of https://arxiv.org/abs/2204.02311."""
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def lay_out_for_decoding(self):
-        """Store the matrices column by column (same shape, same values). One row times a matrix, which is what a CPU does
-        for each new token, reads memory at 21 to 24 GB/s then, 14 GB/s otherwise, on a machine whose plain reading gives 27."""
+        """Store the matrices column by column: same shape, same values. One row times a matrix, a CPU's work for each new
+        token, then reads memory at 21 to 24 GB/s instead of 14, on a machine where plain reading gives 27."""
         for p in self.parameters():
             if p.dim() == 2:
                 p.data = p.data.t().contiguous().t()
@@ -343,9 +357,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, generator=None,
                stop_token=None, cache=None):
-        """Yield max_new_tokens times (B,) new token ids for the prompts (B, T), or for num_samples goes at one prompt (1, T).
-        A row that has drawn stop_token repeats it, and the text ends when every row has. With a cache, input_ids go on from
-        what it has read. There is no limit to T or max_new_tokens: a token sees the block_size positions up to itself."""
+        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples goes at one prompt (1, T).
+        A row that has drawn stop_token repeats it; the text ends when every row has. With a cache, input_ids go on from
+        what it has read. T and max_new_tokens have no limit: a token sees the block_size positions up to itself."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f'input_ids must be (B, T) with at least one token each, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
@@ -361,7 +375,9 @@ class GPT(nn.Module):
             if num_samples > 1:
                 cache.repeat(num_samples)
                 logits = logits.repeat_interleave(num_samples, dim=0)
-            step = captured(self, cache) if weight.device.type == 'cuda' and max_new_tokens > 1 else lambda ids: self(ids, cache=cache)[0]
+            step = lambda ids: self(ids, cache=cache)[0]
+            if weight.device.type == 'cuda' and max_new_tokens > 1:
+                step = captured(self, cache)
             ended = torch.zeros(logits.size(0), dtype=torch.bool, device=weight.device)
             for i in range(max_new_tokens):
                 ids = sample(logits[:, -1], temperature, top_k, top_p, generator)
@@ -405,8 +421,8 @@ def captured(model, cache):
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """(B, vocab_size) -> (B,) ids: temperature (0: the most likely), then the top_k most likely (0: all), then the fewest
-    of these that reach top_p together. Drawn as the argmax of p / Exp(1), which needs no multinomial and no host sync."""
+    """(B, vocab_size) -> (B,) ids: temperature (0: the most likely), then the top_k most likely (0: all), then the
+    fewest of these that reach top_p together. Drawn as the argmax of p / Exp(1): no multinomial, no wait for a GPU."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
@@ -431,8 +447,8 @@ def create_model(preset, **changes):
 
 
 def orthogonalize(g, steps=5):
-    """Nearest orthogonal matrix, about, of each in g (k, rows, cols): singular values end near 1. Newton-Schulz with the
-    quintic of https://kellerjordan.github.io/posts/muon, run on the small Gram matrix: X X' is all that the iteration needs."""
+    """About the nearest orthogonal matrix of each in g (k, rows, cols): singular values end near 1. Newton-Schulz with
+    the quintic of https://kellerjordan.github.io/posts/muon, run on the small X X', which is all the iteration needs."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.size(1) > g.size(2) else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -448,9 +464,9 @@ def orthogonalize(g, steps=5):
 
 
 class Muon(torch.optim.AdamW):
-    """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum, made orthogonal
-    for each matrix. Matrices of one shape go together, in their own dtype on a CPU, where bfloat16 would be emulated, and
-    shared out over the processes of a distributed run. The other groups are AdamW's."""
+    """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum, made
+    orthogonal for each matrix. Matrices of one shape go together, on a CPU in their own dtype (bfloat16 would be
+    emulated), in a distributed run shared out over the processes. The other groups are AdamW's."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
@@ -472,7 +488,8 @@ class Muon(torch.optim.AdamW):
         buffers, grads = [], []
         for p in params:
             if not self.state[p]:
-                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))  # AdamW's loading wants a step
+                # AdamW's loading wants a step
+                self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
             buffers.append(self.state[p]['momentum_buffer'])
             grads.append(p.grad)
             p.grad = None  # so that AdamW passes by
@@ -493,8 +510,8 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, kind, learning_rate, muon_learning_rate, betas, weight_decay, fused):
-    """'adamw', or 'muon': the blocks' matrices by Muon, embedding and biases by AdamW. Decay is on matrices only, and with
-    Muon on its own only. Each group has its 'peak_lr'."""
+    """'adamw', or 'muon': the blocks' matrices by Muon, embedding and biases by AdamW. Decay is on matrices only, with
+    Muon on the blocks' only. Each group has its 'peak_lr'."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     embedding = dict(params=[model.embedding.weight], weight_decay=weight_decay if kind == 'adamw' else 0.0)
@@ -541,7 +558,7 @@ def load_checkpoint(path, device='cpu'):
     except (zipfile.BadZipFile, EOFError):
         raise ValueError(f'{path} is not a checkpoint, or not all of one: take another copy') from None
     except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f'{path} is not a checkpoint of this program (or would run code, which is never allowed)') from None
+        raise ValueError(f'{path} is not a checkpoint of this program, or would run code, which is not allowed') from None
     wanted = {'model', 'model_config', 'config', 'tokenizer', 'iter_num', 'val_loss'}
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program')
@@ -554,7 +571,7 @@ def load_model(state):
         model = GPT(GPTConfig(**state['model_config']))
         model.load_state_dict(state['model'])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"the checkpoint's weights and its model_config do not fit together: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the checkpoint's weights do not fit its model_config ({str(error).splitlines()[0]})") from None
     return model.to(next(iter(state['model'].values())).device)
 
 
@@ -563,8 +580,8 @@ if __name__ == '__main__':
         with torch.device('meta'):
             model = create_model(name)
         c = model.config
-        print(f'{name:7} {model.n_params() / 1e6:6.1f}M parameters  {model.flops_per_token() / 1e9:5.2f} GFLOP per training token  '
-              f'{2 * 2 * c.n_layer * c.n_kv_head * c.head_dim:6,} bytes of KV cache per token in bfloat16')
+        print(f'{name:7} {model.n_params() / 1e6:6.1f}M parameters  {model.flops_per_token() / 1e9:5.2f} GFLOP a training token  '
+              f'{2 * 2 * c.n_layer * c.n_kv_head * c.head_dim:6,} bytes of KV cache a token in bfloat16')
     torch.manual_seed(0)
     model = create_model('tiny', vocab_size=65, n_layer=2)
     ids = torch.randint(65, (2, 33))

@@ -35,7 +35,8 @@ threads = 0  # CPU threads; 0: torch's choice
 # ----------------------------------------------------------------------------
 config = configure(__file__)
 globals().update(config)
-ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 2**16))
+ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1),
+              seed=(0, 2**62), threads=(0, 2**16))
 
 
 def check(name, value):
@@ -62,7 +63,8 @@ model.eval()
 if device == 'cpu':
     model.lay_out_for_decoding()
 block_size = model.config.block_size
-about = f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, {model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}'
+about = (f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, '
+         f'{model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}')
 note = lambda text: print(text, file=sys.stderr, flush=True)  # stdout is the text alone
 generator = torch.Generator(device)
 generator.manual_seed(seed) if seed else generator.seed()
@@ -75,12 +77,13 @@ def beginning():
 
 def draw(ids, n, cache=None, **options):
     """New tokens after ids, n rows at a time: lists of n ids."""
-    for new in model.stream(torch.tensor([ids]), max_new_tokens, num_samples=n, generator=generator, stop_token=coder.end_of_text, cache=cache, **options):
+    options |= dict(num_samples=n, cache=cache, generator=generator, stop_token=coder.end_of_text)
+    for new in model.stream(torch.tensor([ids]), max_new_tokens, **options):
         yield new.tolist()
 
 
 def text_of(tokens):
-    """ids -> pieces of text, no character cut in two, nothing that a terminal would obey; ends before the stop string."""
+    """ids -> pieces of text: no character cut in two, nothing a terminal would obey, ended before the stop string."""
     decode, held = codecs.getincrementaldecoder('utf-8')('replace').decode, ''
     for id in tokens:
         if id == coder.end_of_text:
@@ -107,7 +110,8 @@ def talk():
         import readline  # history and editing, where there is one
     except ImportError:
         pass
-    note(f'{about}\nA model that completes documents, not an assistant: type how a text begins. \\n is a line break, an empty line goes on, /help lists commands.')
+    note(f'{about}\nIt completes documents, it is not an assistant: type how a text begins. \\n is a line break, an empty '
+         'line goes on with the text, /help lists the commands.')
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     waiting, cache = [], None  # ids that the cache has not read yet
 
@@ -132,11 +136,12 @@ def talk():
             elif word == '/reset':
                 waiting, cache = [], None
             elif word == '/info':
-                print(about, options, f'tokens {max_new_tokens}', f'context {cache.position + len(waiting) if cache else 0}', sep='\n')
+                read = cache.position if cache else 0
+                print(f'{about}\n{options}, tokens {max_new_tokens}; {read:,} tokens read, the last {block_size} count')
             elif word == '/quit':
                 return
             elif word.startswith('/'):
-                print('/temperature 0.9, /top_k 50, /top_p 0.9, /tokens 300, /seed 7, /reset (forget), /info, /quit; Ctrl-C stops the text')
+                print('/temperature 0.9  /top_k 50  /top_p 0.9  /tokens 300  /seed 7  /reset  /info  /quit; Ctrl-C ends a text')
             else:
                 if cache is None:
                     cache, waiting = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()

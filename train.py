@@ -51,7 +51,7 @@ n_head = 0  # query heads
 n_kv_head = 0  # key and value heads, a divisor of n_head; 0 with an n_head of one's own: the same
 n_embd = 0  # width
 block_size = 0  # context, tokens
-mlp_ratio = 8 / 3  # hidden width over n_embd
+mlp_ratio = 2.66  # hidden width over n_embd, rounded up to a multiple of 64
 dropout = 0.0  # 0.1 to 0.3 where the data is seen many times
 bias = False  # biases in the linear layers
 gradient_checkpointing = False  # a third more time for far less memory
@@ -87,52 +87,54 @@ threads = 0  # CPU threads; 0: torch's choice
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
+KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
+
 
 def interview():
     """Ask for the main settings, write config/my_NAME.py, show what that run would take, and start it if told to."""
-    def size(text):
-        if text not in presets and not (len(text.split()) == 4 and text.replace(' ', '').isdecimal()):
-            raise ValueError(f'one of {", ".join(presets)}, or four numbers')
-
-    def length(text):
-        if text not in lengths and not text.isdecimal():
-            raise ValueError(f'one of {", ".join(lengths)}, or a number')
-
     lengths = {'quick': 200, 'short': 1000, 'medium': 5000, 'long': 20000}
+
+    def one_of(words, numbers):
+        def check(text):
+            if text not in words and not (text.replace(' ', '').isdecimal() and len(text.split()) == numbers):
+                raise ValueError(f'one of {", ".join(words)}, or {numbers} number{"s" * (numbers > 1)}')
+        return check
+
     print(hardware.table())
-    picked = ask('device', hardware.pick_device(), hardware.pick_device)
+    chosen = dict(device=ask('device', hardware.pick_device(), hardware.pick_device))
     ready = sorted(path.parent.name for path in prepare.DATA.glob('[!.]*/meta.json'))
-    text = ask(f'data set: {", ".join(dict.fromkeys([*ready, "shakespeare", "pydoc"]))}, or the path of a text', (ready or ['shakespeare'])[0])
-    if os.path.exists(text):
-        with plain_errors():
-            text = prepare.prepare([text]).name
-    shape = ask(f'size: {", ".join(presets)}, or layers, heads, width and context', '4 6 192 128' if picked == 'cpu' else 'tiny', size)
-    updates = ask('length: ' + ', '.join(f'{name} ({n:,})' for name, n in lengths.items()) + ', or a number of updates', 'quick', length)
-    updates = lengths.get(updates) or int(updates)
-    name = ask('name of the run', text)
-    if shape in presets:
-        lines = [f'model_preset = {shape!r}']
+    text = ask(f'data set ({", ".join(dict.fromkeys([*ready, *KNOWN]))}) or the path of a text', (ready or KNOWN)[0])
+    with plain_errors():
+        chosen['dataset'] = text if text in ready else prepare.prepare([text]).name
+    default = '4 6 192 128' if chosen['device'] == 'cpu' else 'tiny'
+    size = ask(f'size ({", ".join(presets)}) or layers, heads, width, context', default, one_of(presets, 4))
+    if size in presets:
+        chosen['model_preset'] = size
     else:
-        lines = [f'{key} = {value}' for key, value in zip(('n_layer', 'n_head', 'n_embd', 'block_size'), shape.split())]
-    path = os.path.join('config', f'my_{re.sub(r"[^A-Za-z0-9_-]+", "_", name)}.py')
+        chosen |= zip(('n_layer', 'n_head', 'n_embd', 'block_size'), map(int, size.split()))
+    length = ask('length (' + ', '.join(f'{k}: {n}' for k, n in lengths.items()) + ') or updates', 'quick', one_of(lengths, 1))
+    chosen['max_iters'] = lengths.get(length) or int(length)
+    chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
+    name = re.sub(r'[^A-Za-z0-9_-]+', '_', ask('name of the run', chosen['dataset']))
+    path = os.path.join('config', f'my_{name}.py')
     os.makedirs('config', exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
-        file.write('\n'.join([f'# python train.py {path}', f'dataset = {text!r}', f'device = {picked!r}', *lines, f'max_iters = {updates}',
-                              f'eval_interval = {max(1, updates // 8)}  # updates', "lr_schedule = 'linear'", '']))
-    again = [sys.executable, __file__, path]
-    print(f'\n{path} is written. What it would take:\n', flush=True)
-    subprocess.run([*again, '--dry_run', '--max_iters=20'])
-    if ask('start it', True):
-        sys.exit(subprocess.run(again).returncode)
-    print(f'later: python train.py {path}')
-    sys.exit()
+        file.write(f'# python train.py {path}; all settings: python train.py --help\n')
+        file.writelines(f'{key} = {value!r}\n' for key, value in chosen.items())
+    print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
+    failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
+    if failed or not ask('\nstart it', True):
+        print(f'later: python train.py {path}')
+        sys.exit(failed)
+    sys.exit(subprocess.run([sys.executable, __file__, path]).returncode)
 
 
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save yet
 config = configure(__file__)
 if config['resume']:  # the run's own settings are the defaults now
     with plain_errors():
         saved = load_checkpoint(os.path.join(config['out_dir'], 'ckpt.pt'))
-    config = configure(__file__, saved=saved['config'])
+    config = configure(__file__, saved={**saved['config'], 'out_dir': config['out_dir'], 'init_from': config['init_from']})
 globals().update(config)
 if show_hardware:
     print(hardware.table())
@@ -150,23 +152,26 @@ for low, high, names in (
     for name in names.split():
         if not low <= config[name] <= high:
             stop(f'{name} is {config[name]}: it must be from {low} to {high:g}')
-for name, choices in dict(optimizer=('muon', 'adamw'), lr_schedule=('cosine', 'linear'), compile=('auto', 'true', 'false'), model_preset=tuple(presets)).items():
-    if config[name] not in choices:
-        stop(f"{name} is '{config[name]}': it must be {', '.join(choices[:-1])} or {choices[-1]}")
+for name, choices in (
+    ('optimizer', 'muon adamw'), ('lr_schedule', 'cosine linear'), ('compile', 'auto true false'),
+    ('model_preset', ' '.join(presets)),
+):
+    if config[name] not in choices.split():
+        stop(f"{name} is '{config[name]}': it must be one of {', '.join(choices.split())}")
 if resume and init_from:
     stop('resume goes on with a run, init_from starts a new one: give one of them')
 
 # ----------------------------------------------------------------------------
 # device, and the other processes if torchrun started several
 
-rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0
 say = print if master else lambda *args, **kwargs: None
 with plain_errors():
     device = hardware.pick_device(device)
     if world_size > 1:
         if device in ('cuda', 'xpu'):
-            device = hardware.pick_device(f'{device}:{local_rank}')
+            device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
             getattr(torch, hardware.kind(device)).set_device(device)
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
     dtype = hardware.pick_dtype(device, dtype)
@@ -175,83 +180,91 @@ hardware.set_up(device, threads)
 # ----------------------------------------------------------------------------
 # data
 
-KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # what train.py prepares by itself
-prepared = lambda name: (prepare.DATA / name / 'meta.json').exists()
+
+def prepare_missing(name):
+    if name in KNOWN and not (prepare.DATA / name / 'meta.json').exists():
+        prepare.prepare([name])
+
+
 with plain_errors():
-    if master and not dry_run and dataset in KNOWN and not prepared(dataset):
+    if master and not dry_run:
         try:
-            prepare.prepare([dataset])
+            prepare_missing(dataset)
         except ConnectionError as error:
             if not offline_dataset:
-                stop(f'{error}; or train on text of your own (python prepare.py my.txt) or, without any network, with --dataset=pydoc')
-            print(f'{dataset} could not be downloaded: {error}')
-            print(f'Training on {offline_dataset} instead, which needs no network (offline_dataset; --offline_dataset= switches this off).')
+                stop(f'{error}; or train on your own text (python prepare.py my.txt) or on --dataset=pydoc, without a network')
+            print(f'{dataset} could not be fetched: {error}')
+            print(f'training on {offline_dataset} instead, as offline_dataset says; --offline_dataset= switches that off')
             dataset = offline_dataset
-            if not prepared(dataset):
-                prepare.prepare([dataset])
+            prepare_missing(dataset)
     if world_size > 1:  # the others wait for it, and learn what it became
         chosen = [dataset]
         dist.broadcast_object_list(chosen)
-        dataset = config['dataset'] = chosen[0]
+        dataset = chosen[0]
     config['dataset'] = dataset
     data = prepare.load_dataset(dataset)
 
 # ----------------------------------------------------------------------------
 # model
 
-if init_from and not resume:
-    with plain_errors():
-        saved = load_checkpoint(init_from)
-if resume or init_from:
-    shape, source = saved['model_config'], os.path.join(out_dir, 'ckpt.pt') if resume else init_from
-    if saved['tokenizer'] != data.meta['tokenizer']:
-        stop(f'{source} and data/{dataset} have different tokenizers: python prepare.py TEXT --tokenizer={source} makes data that fits')
-    if resume and saved['dataset_sha256'] != data.meta['sha256']:
-        stop(f'data/{dataset} is not what {source} was trained on (another sha256): --init_from={source} starts a new run from its weights')
-else:
-    shape = {**presets[model_preset], 'vocab_size': data.meta['vocab_size'], 'mlp_ratio': mlp_ratio, 'bias': bias}
 wishes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size') if config[name]}
 if n_head and not n_kv_head:
     wishes['n_kv_head'] = n_head
-for name, value in wishes.items() if resume or init_from else ():
-    if shape[name] != value:
-        stop(f'{name} is {shape[name]} in {source} and cannot become {value}')
+if init_from:
+    with plain_errors():
+        saved = load_checkpoint(init_from)
+if resume or init_from:
+    source = init_from or os.path.join(out_dir, 'ckpt.pt')
+    shape = saved['model_config']
+    for name, value in wishes.items():
+        if shape[name] != value:
+            stop(f'{name} is {shape[name]} in {source} and cannot become {value}')
+    if saved['tokenizer'] != data.meta['tokenizer']:
+        stop(f'{source} and data/{dataset} have different tokenizers: '
+             f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
+    if resume and saved['dataset_sha256'] != data.meta['sha256']:
+        stop(f'data/{dataset} is not what {source} was trained on (another sha256): '
+             f'--init_from={source} starts a new run from its weights')
+else:
+    given = dict(vocab_size=data.meta['vocab_size'], mlp_ratio=mlp_ratio, bias=bias)
+    shape = {**presets[model_preset], **given, **wishes}
 with plain_errors():
-    gpt_config = GPTConfig(**{**shape, **wishes, 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing})
+    gpt_config = GPTConfig(**{**shape, 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing})
 block_size = gpt_config.block_size
 for split, tokens in (('train', data.train), ('val', data.val)):
     if len(tokens) <= block_size:
-        stop(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: lower block_size or give more text')
+        stop(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: '
+             'lower block_size or give more text')
 
 torch.manual_seed(seed)
-if resume or init_from:
-    with plain_errors():
-        model = load_model({**saved, 'model_config': asdict(gpt_config)})
-else:
-    model = GPT(gpt_config)
+with plain_errors():
+    model = load_model({**saved, 'model_config': asdict(gpt_config)}) if resume or init_from else GPT(gpt_config)
 model.to(device)
-optimizer = make_optimizer(model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay, hardware.fused_adamw(device))
+optimizer = make_optimizer(model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
+                           hardware.fused_adamw(device))
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
 if resume:
+    peaks = [group['peak_lr'] for group in optimizer.param_groups]  # may differ from the saved ones
     with plain_errors():
         optimizer.load_state_dict(saved['optimizer'])
-    for group, fresh in zip(optimizer.param_groups, (learning_rate if not g.get('muon') else muon_learning_rate for g in optimizer.param_groups)):
-        group['peak_lr'] = fresh
+    for group, peak_lr in zip(optimizer.param_groups, peaks):
+        group['peak_lr'] = peak_lr
     scaler.load_state_dict(saved['scaler'])
     step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
     val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
     if step >= max_iters:
         stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
+saved = None
 
-# tokens per update = micro-batches x processes x sequences x block_size
+# tokens in an update = micro-batches x processes x sequences x block_size
 micro_tokens = world_size * batch_size * block_size
 tokens_per_update = config['tokens_per_update'] = tokens_per_update or micro_tokens
-if tokens_per_update % micro_tokens:
-    near = max(1, tokens_per_update // micro_tokens) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} does not divide into micro-batches of {batch_size} x {block_size} tokens on {world_size} '
-         f'process{"es" * (world_size > 1)}: take {near:,} or {near + micro_tokens:,}')
 n_micro = tokens_per_update // micro_tokens
+if tokens_per_update % micro_tokens:
+    near = max(1, n_micro) * micro_tokens
+    stop(f'tokens_per_update {tokens_per_update:,} is no multiple of batch_size {batch_size} x block_size {block_size} x '
+         f'{world_size} process{"es" * (world_size > 1)}: take {near:,} or {near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
 # what is in force
@@ -266,23 +279,28 @@ if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
     problem = '' if worth else 'compiling would take longer than it saves'
 if compile != 'false' and not problem:
     problem = hardware.compile_problem(device)
-config['compile'] = 'false' if problem else {'auto': 'true'}.get(compile, compile)  # a resumed run keeps to it
-engine = 'compiled' if config['compile'] == 'true' else f'eager ({problem})' if problem else 'eager'
-n_val, n_train, c = len(data.val), len(data.train), gpt_config
-say(f'device  {device}: {hardware.device_name(device)}' + f' x {world_size} processes' * (world_size > 1) + f'; {dtype}, {engine}')
-say(f'data    {dataset}: {n_train:,} training and {n_val:,} validation tokens, {data.meta["tokenizer"]["kind"]}, vocabulary {c.vocab_size:,}')
-say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads on {c.n_kv_head}, context {block_size}')
-say(f'update  {tokens_per_update:,} tokens = {n_micro} x {world_size} x {batch_size} x {block_size} (micro-batches, processes, sequences, tokens); '
-    f'{max_iters:,} updates are {max_iters * tokens_per_update / n_train:.1f} epochs')
-say(f'peak    {peak / 1e12:.3g} TFLOP/s ({peak_origin}); MFU is the share of it that the model uses: 30 to 60 % is good, below 10 % the '
-    'model is too small for the device, or data or memory hold it up')
-say(f'start   {"from " + source if resume or init_from else f"a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f} is a guess"}')
+config['compile'] = 'false' if problem or compile == 'false' else 'true'  # a resumed run keeps to it
+engine = 'compiled' if config['compile'] == 'true' else 'eager' + f' ({problem})' * bool(problem)
+c = gpt_config
+many = f' x {world_size} processes' * (world_size > 1)
+say(f'device  {device}: {hardware.device_name(device)}{many}; {dtype}, {engine}')
+say(f'data    {dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
+    f'{data.meta["tokenizer"]["kind"]}, vocabulary {c.vocab_size:,}')
+say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads on '
+    f'{c.n_kv_head}, context {block_size}')
+say(f'update  {tokens_per_update:,} tokens = {n_micro} micro-batches x {world_size} processes x {batch_size} sequences x '
+    f'{block_size}; {max_iters:,} updates are {max_iters * tokens_per_update / len(data.train):.1f} epochs')
+say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is good, '
+    'below 10 % the model is too small for the device, or data or memory hold it up')
+guess = f'guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f}'
+say('start   ' + (f'from {source}, update {step}' if resume or init_from else guess))
 
 raw_model = model  # what is evaluated, sampled from and saved
 if config['compile'] == 'true':
     model = torch.compile(model)
 if world_size > 1:
-    model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None,
+                                    gradient_as_bucket_view=True)
 
 # ----------------------------------------------------------------------------
 # helpers
@@ -303,18 +321,20 @@ def learning_rate_scale(step):
 
 
 def training_batches():
-    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes the
-    next tokens_per_update / block_size of them whichever way they are shared out."""
-    return prepare.batches(data.train, tokens_seen // block_size + rank * batch_size, batch_size, world_size * batch_size, block_size, seed, device)
+    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes
+    the next tokens_per_update / block_size of them, whichever way they are shared out."""
+    first = tokens_seen // block_size + rank * batch_size
+    return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
 
 @torch.no_grad()
 def evaluate():
     """Mean loss per token of the validation split, each process reading its share."""
     raw_model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device='cpu')  # sum of losses, tokens
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
     rows = max(2 * batch_size, 4096 // block_size)
-    for x, y in itertools.islice(prepare.val_batches(data.val, block_size, rows, eval_iters), rank, None, world_size):
+    every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
+    for x, y in itertools.islice(every_batch, rank, None, world_size):
         with hardware.autocast(device, dtype):
             loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
         n = (y != -1).sum().item()
@@ -328,29 +348,32 @@ def evaluate():
 
 def state(**more):
     """A checkpoint, with `more` in it."""
-    return dict(model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config, tokenizer=data.meta['tokenizer'],
-                dataset_sha256=data.meta['sha256'], iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
-                val_loss=val_loss, best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more)
+    return dict(
+        model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config, tokenizer=data.meta['tokenizer'],
+        dataset_sha256=data.meta['sha256'], iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
+        val_loss=val_loss, best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more,
+    )
 
 
 def read_recent():
     """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite, before anything
     is saved. Looking only now and then spares a GPU the wait at every update."""
-    numbers = torch.stack([torch.stack(pair) for pair in recent]).float()
+    numbers = torch.stack([torch.stack(pair) for pair in recent]).float()  # (updates, 2)
     if world_size > 1:
         dist.all_reduce(numbers)
         numbers /= world_size
     first = step - len(recent) + 1
     recent.clear()
-    for i, (loss, norm) in enumerate(numbers.tolist()):
+    for at, (loss, norm) in enumerate(numbers.tolist(), first):
         if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-            sys.exit(f'update {first + i}: the loss is {loss}, the gradient norm {norm} (dtype {dtype}, learning rate {lr:.2e}); stopped, and nothing '
-                     f'of it was saved. Try a lower learning rate, more warmup_iters, or --dtype=float32')
+            kept = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+            sys.exit(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate {lr:.2e}): stopped; {kept}. '
+                     'Try a lower learning rate, more warmup_iters, or --dtype=float32')
     return numbers[:, 0].mean().item(), numbers[-1, 1].item()
 
 
 def plot():
-    """out_dir/loss.png from log.csv."""
+    """out_dir/loss.png from log.csv, where there is matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -372,39 +395,47 @@ def plot():
     pyplot.close(figure)
 
 
+def bits_per_byte(loss):
+    """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
+    return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
+
+
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
 
 
 # ----------------------------------------------------------------------------
-# ready: what can fail has failed by now, and nothing was written yet
+# ready: what can fail has failed by now, and nothing of the run was written yet
 
 began = time.time()
-bytes_per_token = data.meta['bytes']['val'] / n_val
-if eval_only:
-    val_loss = evaluate()
-    say(f'validation loss {val_loss:.4f}, {val_loss / math.log(2) / bytes_per_token:.4f} bits per byte')
-    sys.exit()
 log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
 columns = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
-if master and not dry_run:
+if eval_only:
+    val_loss = evaluate()
+    say(f'validation loss {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte')
+    sys.exit()
+writing = master and not dry_run
+if writing:
     with plain_errors():
         if not resume and any(map(os.path.exists, (log_path, ckpt_path, best_path))):
             kept = next(name for i in itertools.count(1) if not os.path.exists(name := f'{out_dir.rstrip("/")}-{i}'))
             os.rename(out_dir, kept)
             print(f'kept    the run that was in {out_dir} is in {kept} now')
         os.makedirs(out_dir, exist_ok=True)
+        # ckpt.pt with the optimizer, another written aside, best.pt
         needed, free = 28 * raw_model.n_params(), shutil.disk_usage(out_dir).free
         if needed > free:
-            stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints need about {needed / 2**30:.2f}: free some, or take another --out_dir')
+            stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
+                 'free some, or take another --out_dir')
         rows = []
         if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
             with open(log_path, encoding='utf-8', newline='') as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdecimal() and int(row[0]) <= step]
+                whole = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdecimal()]
+            rows = [row for row in whole if int(row[0]) <= step]
         with open(log_path + '.part', 'w', encoding='utf-8', newline='') as file:
             csv.writer(file).writerows([columns, *rows])
         os.replace(log_path + '.part', log_path)
-if wandb_log and master:
+if wandb_log and writing:
     try:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
@@ -428,13 +459,12 @@ signal.signal(signal.SIGTERM, on_signal)
 # ----------------------------------------------------------------------------
 # the loop
 
-batches = training_batches()
+batches, recent, worse, stopped_early, interrupted = training_batches(), [], 0, False, False
+first_step, logged_step, logged_at = step, step, time.time()
 raw_model.train()
-first_step, recent, worse, stopped_early = step, [], 0, False
-logged_step, logged_at = step, time.time()
 gc.collect()
 gc.freeze()  # what lives until the end need not be looked through again and again
-while step < max_iters and not stopped_early:
+while step < max_iters and not stopped_early and not interrupted:
     # the learning rate
     scale = learning_rate_scale(step)
     lr = learning_rate * scale
@@ -454,18 +484,19 @@ while step < max_iters and not stopped_early:
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     except torch.OutOfMemoryError:
-        need = 16 * raw_model.n_params() / 2**30
         if batch_size == 1 or world_size > 1:
-            sys.exit(f'out of memory at micro-batches of {batch_size} x {block_size}: weights, gradients and optimizer alone take about {need:.2f} GiB. '
-                     'Try a smaller batch_size, block_size or model, or --gradient_checkpointing')
-        batch_size, n_micro = (batch_size // 2, n_micro * 2) if batch_size % 2 == 0 else (1, n_micro * batch_size)
-        say(f'out of memory: going on with micro-batches of {batch_size} sequences, {n_micro} to an update, which stays the same')
-        optimizer.zero_grad(set_to_none=True)
+            least = 16 * raw_model.n_params() / 2**30
+            sys.exit(f'out of memory at micro-batches of {batch_size} x {block_size}: weights, gradients and optimizer alone '
+                     f'take {least:.2f} GiB. Try a smaller batch_size, block_size or model, or --gradient_checkpointing')
+        smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+        n_micro, batch_size = n_micro * batch_size // smaller, smaller
+        say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
         loss = micro_loss = x = y = None
+        optimizer.zero_grad(set_to_none=True)
         batches = training_batches()
         continue
 
-    # the step
+    # step
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
@@ -475,24 +506,25 @@ while step < max_iters and not stopped_early:
     tokens_seen += tokens_per_update
     recent.append((loss, norm))
 
-    # log, and evaluate
+    # evaluate and log
+    evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
     interrupted = bool(signals)
-    if world_size > 1 and (step % log_interval == 0 or step == max_iters):  # the processes must agree on when to stop
+    if world_size > 1:  # the processes must agree on when to stop, and do so when they wait for each other anyway
         votes = torch.tensor(float(interrupted), device=device)
-        dist.all_reduce(votes)
-        interrupted = votes.item() > 0
-    elif world_size > 1:
-        interrupted = False
-    evaluating = step % eval_interval == 0 or step == max_iters
-    if not (evaluating or interrupted or step % log_interval == 0):
+        if evaluating or logging:
+            dist.all_reduce(votes)
+        interrupted = (evaluating or logging) and votes.item() > 0
+    if not (evaluating or logging or interrupted):
         continue
     train_loss, grad_norm = read_recent()
     seconds = (time.time() - logged_at) / (step - logged_step)
     speed = tokens_per_update / seconds
     mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-    row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
-    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  '
-        f'{speed:9,.0f} tokens/s  MFU {mfu:4.0%}  {clock((max_iters - step) * seconds)} left', flush=True)
+    left = clock((max_iters - step) * seconds)
+    since = elapsed + time.time() - began
+    row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
+        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  {left} left', flush=True)
     if dry_run and step - first_step >= 2 * log_interval:
         break
     if evaluating and not dry_run:
@@ -502,47 +534,46 @@ while step < max_iters and not stopped_early:
         worse = 0 if better else worse + 1
         if better:
             best_val_loss, best_step = val_loss, step
-        say(f'{"":{2 * len(str(max_iters)) + 1}}  validation {val_loss:.4f}, {val_loss / math.log(2) / bytes_per_token:.4f} bits per byte'
-            + ('' if better else f'; rising since update {best_step}, whose {best_val_loss:.4f} is kept in {best_path}'), flush=True)
-        stopped_early = bool(patience) and worse >= patience
-    if master and not dry_run:
-        with open(log_path, 'a', encoding='utf-8', newline='') as file:
-            csv.writer(file).writerow(row)
-        if wandb_log:
-            wandb.log({name: float(value) for name, value in zip(columns, row) if value != ''}, step=step)
+        rising = '' if better else f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
+        say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
+        stopped_early = 0 < patience <= worse
 
     # save
-    if master and not dry_run and (evaluating or interrupted):
+    if writing:
         with plain_errors():
+            with open(log_path, 'a', encoding='utf-8', newline='') as file:
+                csv.writer(file).writerow(row)
             if evaluating and better:
                 save_checkpoint(best_path, state())
-            save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
+            if evaluating or interrupted:
+                save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
+        if wandb_log:
+            wandb.log({name: float(value) for name, value in zip(columns, row) if value != ''}, step=step)
         if evaluating:
             plot()
         if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
-            prompt = next(prepare.val_batches(data.val, 16, 1))[0].to(device)
+            prompt = next(prepare.val_batches(data.val, 16, 1))[0]
             ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
             print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
-    if interrupted:
-        break
     logged_step, logged_at = step, time.time()
 
 # ----------------------------------------------------------------------------
 # the end
 
-minutes = clock(elapsed + time.time() - began)
+where = f' --out_dir={out_dir}' * (out_dir != 'out')
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
-    say(f'dry run: {max_iters - step} more updates like these take about {clock((max_iters - step) * seconds)}; {memory}; nothing was written')
+    say(f'dry run: the {max_iters - step} updates left would take about {left}; {memory}; nothing was written')
 elif interrupted:
-    say(f'saved   {ckpt_path} at update {step}; go on with: python train.py --resume' + f' --out_dir={out_dir}' * (out_dir != 'out'))
+    say(f'saved   {ckpt_path} at update {step}; go on with: python train.py --resume{where}')
 else:
     if stopped_early:
-        say(f'stopped at update {step}: no better validation loss for {patience} evaluations')
-    say(f'done    in {minutes}, {memory}; {best_path} has the best validation loss, {best_val_loss:.4f} of update {best_step}')
-    say('next    python sample.py' + f' --out_dir={out_dir}' * (out_dir != 'out') + ' --start="' + ('ROMEO:' if dataset == 'shakespeare' else 'The ') + '"')
+        say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
+    say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is {best_val_loss:.4f}, '
+        f'of update {best_step}: {best_path}')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
-        say('        (pip install matplotlib, and the next run draws loss.png)')
+        say('        (with matplotlib installed a run also draws loss.png)')
+    say(f'next    python sample.py{where} --start="{"ROMEO:" if dataset == "shakespeare" else "The "}"')
 if world_size > 1:
     dist.destroy_process_group()
 sys.exit(128 + signals[0] if interrupted and signals else 0)

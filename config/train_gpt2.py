@@ -1,0 +1,25 @@
+# A model of GPT-2's size (12 layers, 768 wide, 1024 tokens of context; 124M class) on FineWeb-Edu, for 8 GPUs of 80 GB:
+#     python prepare.py hf:HuggingFaceFW/fineweb-edu --name=fineweb-edu --tokenizer=gpt2 --max_mb=13000
+#     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+# 5000 updates of 524,288 tokens are 2.6 billion tokens, about 21 a parameter. The validation loss to expect is near 3.2;
+# that is an expectation from published runs of this size, not a measurement of this file.
+dataset = 'fineweb-edu'
+
+n_layer = 12
+n_head = 12
+n_kv_head = 4
+n_embd = 768
+mlp_ratio = 3.0
+block_size = 1024
+batch_size = 32  # sequences on each GPU; halved by itself where memory runs out on one GPU
+tokens_per_update = 524288
+
+max_iters = 5000
+lr_schedule = 'linear'
+learning_rate = 3e-3
+muon_learning_rate = 0.02
+beta2 = 0.95
+weight_decay = 0.1
+warmup_iters = 250
+eval_interval = 250
+eval_iters = 40
