@@ -41,9 +41,11 @@ globals().update(config)
 
 def measure(*flags):
     """The figures of another configuration, from a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], '--growth=false', '--json', *flags]
+    command = [sys.executable, __file__, *sys.argv[1:], '--growth=false', '--profile=false', '--decode_tokens=20', '--json', *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    return json_format.loads(done.stdout) if done.returncode == 0 else {'failed': done.stderr.strip().splitlines()[-1]}
+    if done.returncode:  # a process that ran out of memory may have said nothing
+        return {'failed': [f'exit status {done.returncode}', *done.stderr.strip().splitlines()][-1]}
+    return json_format.loads(done.stdout)
 
 
 if growth:
@@ -66,26 +68,29 @@ with plain_errors():
     dtype = hardware.pick_dtype(device, dtype)
     data = None if random_data else prepare.load_dataset(dataset)
     wishes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size') if config[name]}
-    shape = {**presets.get(model_preset, presets['tiny']), **wishes}
+    if model_preset not in presets or compile.lower() not in ('auto', 'true', 'false'):
+        raise ValueError(f'model_preset {model_preset} or compile {compile}: one of {", ".join(presets)}; auto, true or false')
+    shape = {**presets[model_preset], **wishes}
     if n_head and not n_kv_head:
         shape['n_kv_head'] = n_head
     shape['vocab_size'] = data.meta['vocab_size'] if data else vocab_size or shape['vocab_size']
     model_config = GPTConfig(**shape, mlp_ratio=mlp_ratio, dropout=dropout, bias=bias,
                              gradient_checkpointing=gradient_checkpointing)
-if updates < 1 or decode_tokens < 0 or decode_batch < 1 or batch_size < 1:
-    stop('updates, decode_batch and batch_size must be at least 1, decode_tokens at least 0')
+if min(updates, decode_batch, batch_size) < 1 or min(decode_tokens, decode_context) < 0:
+    stop('updates, decode_batch and batch_size must be at least 1, decode_tokens and decode_context at least 0')
 hardware.set_up(device, threads)
 torch.manual_seed(seed)
 block_size = model_config.block_size
 context = decode_context or block_size // 2
 model = GPT(model_config).to(device)
 raw_model = model
-if compile == 'true':
+if compile.lower() == 'true':
     if problem := hardware.compile_problem(device):
         stop(f'torch.compile does not work here: {problem}')
     model = torch.compile(model)
-optimizer = make_optimizer(raw_model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
-                           hardware.fused_adamw(device))
+with plain_errors():
+    optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum,
+                               weight_decay, hardware.fused_adamw(device))
 if data:
     batches = prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device)
 else:
@@ -140,7 +145,7 @@ if not peak:
     peak, origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
 tokens_per_sec = batch_size * block_size / seconds
 figures = dict(
-    device=hardware.device_name(device), torch=torch.__version__, dtype=dtype, compiled=compile == 'true',
+    device=hardware.device_name(device), torch=torch.__version__, dtype=dtype, compiled=model is not raw_model,
     parameters=raw_model.n_params(), block_size=block_size, batch_size=batch_size, tokens_per_sec=tokens_per_sec,
     mfu=raw_model.flops_per_token() * tokens_per_sec / peak, peak_flops=peak, peak_origin=origin,
     peak_memory=hardware.peak_memory(device),

@@ -2,7 +2,7 @@
 Settings: the block of plain assignments at the top of a script, then config files, then --key=value flags.
 
     config = configure(__file__); globals().update(config)      # in the script, right after its block
-    python train.py config/train_shakespeare.py --batch_size=32 --compile
+    python train.py config/train_shakespeare.py --batch_size=32 --resume
 
 The block is only read. A config file is executed, in a namespace of its own that holds the settings so far, and what
 it assigns is checked like the flags are. A mistake is one line and exit status 2, never a traceback or a guess.

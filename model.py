@@ -142,7 +142,7 @@ class LinearCrossEntropy(Function):
         wanted = x.requires_grad  # False while evaluating
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if wanted else (None, None)
         n = x.size(0)
-        rows = n if n * weight.size(0) <= 2**24 else math.ceil(n / 8)
+        rows = n if n * weight.size(0) <= 2**24 else min(8192, math.ceil(n / 8))
         for i in range(0, n, rows):
             h, t = x[i : i + rows], targets[i : i + rows].unsqueeze(1)
             logits = F.linear(h, weight)  # (rows, V)
@@ -154,8 +154,8 @@ class LinearCrossEntropy(Function):
                 grad_x[i : i + rows] = d @ weight.to(d.dtype)
                 if d.dtype == grad_w.dtype:
                     grad_w.addmm_(d.t(), h)
-                else:  # autocast: the sum over slices stays in the weight's own precision
-                    grad_w += d.t() @ h.to(d.dtype)
+                else:  # autocast: slices are added in the weight's precision; 64 keeps a slice's sum in float16's range
+                    grad_w.add_(d.t() @ (h / 64).to(d.dtype), alpha=64)
         ctx.save_for_backward(grad_x, grad_w, counted)
         return loss / counted
 
@@ -364,6 +364,8 @@ class GPT(nn.Module):
             raise ValueError(f'input_ids must be (B, T) with at least one token each, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
             raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
+        if max_new_tokens < 1:
+            raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 1')
         weight = self.embedding.weight
         was_training = self.training
         self.eval()
@@ -407,7 +409,7 @@ def captured(model, cache):
         model.continued(ids, cache)  # warms up; the slot it writes is written again by the first real step
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread may be preparing batches
         logits = model.continued(ids, cache)
 
     def step(next_ids):
@@ -501,7 +503,7 @@ class Muon(torch.optim.AdamW):
             first = share * dist.get_rank()
             mine = F.pad(update[first : first + share], (0, 0, 0, 0, 0, share - len(update[first : first + share])))
             update = mine.new_empty(share * dist.get_world_size(), *mine.shape[1:])
-            dist.all_gather_into_tensor(update, orthogonalize(mine))
+            dist.all_gather_into_tensor(update, orthogonalize(mine).contiguous())
         else:
             update = orthogonalize(update)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -509,15 +511,17 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_(params, list(update[: len(params)].to(params[0].dtype).unbind()), alpha=-lr * scale)
 
 
-def make_optimizer(model, kind, learning_rate, muon_learning_rate, betas, weight_decay, fused):
+def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay, fused):
     """'adamw', or 'muon': the blocks' matrices by Muon, embedding and biases by AdamW. Decay is on matrices only, with
     Muon on the blocks' only. Each group has its 'peak_lr'."""
+    if kind not in ('adamw', 'muon'):
+        raise ValueError(f"optimizer is '{kind}': it must be muon or adamw")
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     embedding = dict(params=[model.embedding.weight], weight_decay=weight_decay if kind == 'adamw' else 0.0)
     groups = [dict(params=matrices, weight_decay=weight_decay), embedding, dict(params=vectors, weight_decay=0.0)]
     if kind == 'muon':
-        groups[0].update(muon=True, lr=muon_learning_rate, momentum=0.95)
+        groups[0].update(muon=True, lr=muon_learning_rate, momentum=muon_momentum)
     made = Muon([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=fused)
     for group in made.param_groups:
         group['peak_lr'] = group['lr']

@@ -7,13 +7,14 @@
 
 import codecs
 import os
+import signal
 import sys
 import time
 
 import torch
 
 import hardware
-from configurator import configure, plain_errors, stop as refuse
+from configurator import configure, plain_errors
 from model import KVCache, load_checkpoint, load_model
 from prepare import Tokenizer, printable
 
@@ -35,8 +36,11 @@ threads = 0  # CPU threads; 0: torch's choice
 # ----------------------------------------------------------------------------
 config = configure(__file__)
 globals().update(config)
-ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1),
-              seed=(0, 2**62), threads=(0, 2**16))
+ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40),
+              top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 2**16))
+sys.stdout.reconfigure(errors='backslashreplace')
+if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
 
 
 def check(name, value):
@@ -50,16 +54,16 @@ with plain_errors():
         check(name, config[name])
     device = hardware.pick_device(device)
     dtype = hardware.pick_dtype(device, dtype)
-    path = out_dir if os.path.isfile(out_dir) else os.path.join(out_dir, 'best.pt')
-    if not os.path.exists(path):
-        path = os.path.join(out_dir, 'ckpt.pt')
+    paths = [out_dir] * os.path.isfile(out_dir) + [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]
+    path = next(filter(os.path.exists, paths), paths[0])
+    if ':' in device:  # CUDA graphs are captured on the current device
+        torch.get_device_module(device).set_device(device)
     checkpoint = load_checkpoint(path)
-    model = load_model(checkpoint).to(device, getattr(torch, dtype))
+    model = load_model(checkpoint).to(device, getattr(torch, dtype)).eval()
     coder = Tokenizer(checkpoint['tokenizer'])
     if coder.vocab_size != model.config.vocab_size:
         raise ValueError(f"{path}: the tokenizer has {coder.vocab_size} ids, the model {model.config.vocab_size}")
 hardware.set_up(device, threads)
-model.eval()
 if device == 'cpu':
     model.lay_out_for_decoding()
 block_size = model.config.block_size
@@ -75,92 +79,75 @@ def beginning():
     return [coder.end_of_text] if coder.end_of_text is not None else coder.encode('\n')
 
 
-def draw(ids, n, cache=None, **options):
-    """New tokens after ids, n rows at a time: lists of n ids."""
-    options |= dict(num_samples=n, cache=cache, generator=generator, stop_token=coder.end_of_text)
+def draw(ids, **options):
+    """New tokens after ids, a list of num_samples ids at a time."""
+    options |= dict(generator=generator, stop_token=coder.end_of_text)
     for new in model.stream(torch.tensor([ids]), max_new_tokens, **options):
         yield new.tolist()
 
 
-def text_of(tokens):
-    """ids -> pieces of text: no character cut in two, nothing a terminal would obey, ended before the stop string."""
+def write(tokens):
+    """Print ids as they come: no character cut in two, nothing a terminal would obey, ended before the stop string."""
     decode, held = codecs.getincrementaldecoder('utf-8')('replace').decode, ''
     for id in tokens:
         if id == coder.end_of_text:
             break
         held += decode(coder.token_bytes(id))
         if stop and stop in held:
-            yield printable(held[: held.index(stop)])
-            return
-        ready = len(held) - max(0, len(stop) - 1)  # the rest may be the beginning of the stop string
-        if ready > 0:
-            yield printable(held[:ready])
-            held = held[ready:]
-    yield printable(held + decode(b'', True))
-
-
-def write(text):
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            held = held[: held.index(stop)]
+            break
+        ready = max(0, len(held) - max(0, len(stop) - 1))  # the rest may be the beginning of the stop string
+        print(printable(held[:ready]), end='', flush=True)
+        held = held[ready:]
+    print(printable(held + decode(b'', True)), flush=True)
 
 
 def talk():
     """A prompt, the text that follows, and again; the context stays, up to the window."""
     try:
-        import readline  # history and editing, where there is one
+        import readline  # history and editing in input(), where there is one
     except ImportError:
         pass
-    note(f'{about}\nIt completes documents, it is not an assistant: type how a text begins. \\n is a line break, an empty '
-         'line goes on with the text, /help lists the commands.')
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    waiting, cache = [], None  # ids that the cache has not read yet
-
+    note(f'{about}\nIt completes documents, it is not an assistant: type how a text begins. \\n is a line break, '
+         'an empty line goes on with the text, /help lists the commands.')
+    options = {name: config[name] for name in ('temperature', 'top_k', 'top_p')}
+    cache, unread = None, []  # ids that the cache has not read yet
     while True:
         try:
-            typed = input('\n> ')
+            word, _, value = (typed := input('\n> ')).partition(' ')
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        word, _, value = typed.partition(' ')
+        name = {'/tokens': 'max_new_tokens'}.get(word, word[1:])
         try:
             if word in ('/temperature', '/top_k', '/top_p', '/tokens', '/seed'):
-                name = {'/tokens': 'max_new_tokens'}.get(word, word[1:])
-                number = type(config[name])(value)
-                check(name, number)
+                check(name, number := type(config[name])(value))
                 if name == 'seed':
-                    generator.manual_seed(number)
+                    generator.manual_seed(number) if number else generator.seed()
                 elif name == 'max_new_tokens':
                     globals().update(max_new_tokens=number)
                 else:
                     options[name] = number
             elif word == '/reset':
-                waiting, cache = [], None
+                cache = None
             elif word == '/info':
                 read = cache.position if cache else 0
                 print(f'{about}\n{options}, tokens {max_new_tokens}; {read:,} tokens read, the last {block_size} count')
             elif word == '/quit':
                 return
             elif word.startswith('/'):
-                print('/temperature 0.9  /top_k 50  /top_p 0.9  /tokens 300  /seed 7  /reset  /info  /quit; Ctrl-C ends a text')
+                print('/temperature 0.9  /top_k 50  /top_p 0.9  /tokens 300  /seed 7  /reset  /info  /quit; '
+                      'Ctrl-C ends a text')
             else:
+                ids = coder.encode(typed.replace('\\n', '\n'))
                 if cache is None:
-                    cache, waiting = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
-                waiting = waiting + coder.encode(typed.replace('\\n', '\n'))
-                drawn = []
-
-                def tokens():
-                    for (id,) in draw(waiting, 1, cache, **options):
-                        drawn.append(id)
-                        yield id
-
+                    cache, unread = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
+                ids, unread = unread + ids, []
                 try:
-                    for piece in text_of(tokens()):
-                        write(piece)
+                    write(unread.append(id) or id for (id,) in draw(ids, cache=cache, **options))
                 except KeyboardInterrupt:
-                    pass
-                print()
-                if drawn:  # the cache has read all but the last
-                    waiting = drawn[-1:]
+                    print()
+                unread = unread[-1:]  # the cache has read all but the last
         except ValueError as error:
             print(error)
 
@@ -178,18 +165,17 @@ if len(prompt) > block_size:
     note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
 began, drawn = time.perf_counter(), []
 try:
-    rows = draw(prompt, num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = draw(prompt, num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
     if num_samples == 1:
-        write(printable(start))
-        for piece in text_of(drawn.append(ids) or ids[0] for ids in rows):
-            write(piece)
-        print()
+        print(printable(start), end='', flush=True)
+        write(drawn.append(ids) or ids[0] for ids in rows)
     else:
         drawn = list(rows)
         for tokens in zip(*drawn):
-            print(printable(start) + ''.join(text_of(tokens)) + '\n' + '-' * 40)
+            print(printable(start), end='')
+            write(tokens)
+            print('-' * 40)
 except KeyboardInterrupt:
     print()
     sys.exit(130)
-seconds = time.perf_counter() - began
-note(f'{len(drawn) * num_samples / seconds:,.0f} tokens/s')
+note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')

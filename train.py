@@ -20,13 +20,15 @@ import sys
 import time
 from dataclasses import asdict
 
+began = time.time()  # before the slow imports: elapsed_s counts them
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import prepare
-from configurator import ask, configure, plain_errors, stop
+from configurator import ask, configure, plain_errors, read_block, stop
 from model import GPT, GPTConfig, load_checkpoint, load_model, make_optimizer, presets, save_checkpoint
 
 # ----------------------------------------------------------------------------
@@ -58,7 +60,8 @@ gradient_checkpointing = False  # a third more time for far less memory
 # optimizer
 optimizer = 'muon'  # muon: hidden matrices by Muon, the rest by AdamW; adamw: all by AdamW
 learning_rate = 1e-2  # AdamW's peak
-muon_learning_rate = 0.03  # Muon's peak
+muon_learning_rate = 0.02  # Muon's peak
+muon_momentum = 0.85  # 0.95 for long runs of large updates
 max_iters = 2000  # updates
 weight_decay = 0.1  # on matrices
 beta1 = 0.9  # AdamW
@@ -115,18 +118,24 @@ def interview():
     length = ask('length (' + ', '.join(f'{k}: {n}' for k, n in lengths.items()) + ') or updates', 'quick', one_of(lengths, 1))
     chosen['max_iters'] = lengths.get(length) or int(length)
     chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
-    name = re.sub(r'[^A-Za-z0-9_-]+', '_', ask('name of the run', chosen['dataset']))
-    path = os.path.join('config', f'my_{name}.py')
+    path_of = lambda name: os.path.join('config', f'my_{re.sub(r"[^A-Za-z0-9_-]+", "_", name)}.py')
+
+    def new(name):
+        if os.path.exists(path_of(name)):
+            raise ValueError(f'{path_of(name)} exists already')
+
+    path = path_of(ask('name of the run', f'{chosen["dataset"]}-{chosen["max_iters"]}', new))
     os.makedirs('config', exist_ok=True)
+    _, comments, _ = read_block(__file__)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(f'# python train.py {path}; all settings: python train.py --help\n')
-        file.writelines(f'{key} = {value!r}\n' for key, value in chosen.items())
+        file.writelines(f'{key} = {value!r}  # {comments[key]}\n' for key, value in chosen.items())
     print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
     failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
     if failed or not ask('\nstart it', True):
         print(f'later: python train.py {path}')
         sys.exit(failed)
-    sys.exit(subprocess.run([sys.executable, __file__, path]).returncode)
+    os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
 
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save yet
@@ -135,7 +144,9 @@ if config['resume']:  # the run's own settings are the defaults now
     with plain_errors():
         saved = load_checkpoint(os.path.join(config['out_dir'], 'ckpt.pt'))
     config = configure(__file__, saved={**saved['config'], 'out_dir': config['out_dir'], 'init_from': config['init_from']})
+config['compile'] = config['compile'].lower()
 globals().update(config)
+sys.stdout.reconfigure(errors='backslashreplace')  # a terminal without some character must not end a run
 if show_hardware:
     print(hardware.table())
     sys.exit()
@@ -144,9 +155,10 @@ if interactive:
 for low, high, names in (
     (1, 2**40, 'max_iters batch_size log_interval eval_interval'),
     (0, 2**40, 'tokens_per_update eval_iters warmup_iters lr_decay_iters patience sample_interval threads seed'),
-    (0, 10, 'learning_rate muon_learning_rate weight_decay cooldown'),
+    (0, 10, 'learning_rate muon_learning_rate weight_decay'),
+    (0, 1, 'cooldown'),
     (0, learning_rate, 'min_lr'),
-    (0, 1 - 1e-9, 'beta1 beta2 dropout'),
+    (0, 1 - 1e-9, 'beta1 beta2 muon_momentum dropout'),
     (0, 1e9, 'grad_clip'),
 ):
     for name in names.split():
@@ -158,6 +170,8 @@ for name, choices in (
 ):
     if config[name] not in choices.split():
         stop(f"{name} is '{config[name]}': it must be one of {', '.join(choices.split())}")
+if dry_run:
+    log_interval = 2
 if resume and init_from:
     stop('resume goes on with a run, init_from starts a new one: give one of them')
 
@@ -222,6 +236,11 @@ if resume or init_from:
     if saved['tokenizer'] != data.meta['tokenizer']:
         stop(f'{source} and data/{dataset} have different tokenizers: '
              f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
+    for name in ('mlp_ratio', 'bias', 'model_preset', 'optimizer') if resume else ():
+        if config[name] != saved['config'][name]:
+            stop(f'{name} is {saved["config"][name]} in {source} and cannot become {config[name]}')
+    if resume and 'optimizer' not in saved:
+        stop(f'{source} has no optimizer state (a copy of best.pt?): --init_from={source} starts a new run from its weights')
     if resume and saved['dataset_sha256'] != data.meta['sha256']:
         stop(f'data/{dataset} is not what {source} was trained on (another sha256): '
              f'--init_from={source} starts a new run from its weights')
@@ -240,20 +259,21 @@ torch.manual_seed(seed)
 with plain_errors():
     model = load_model({**saved, 'model_config': asdict(gpt_config)}) if resume or init_from else GPT(gpt_config)
 model.to(device)
-optimizer = make_optimizer(model, optimizer, learning_rate, muon_learning_rate, (beta1, beta2), weight_decay,
+optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay,
                            hardware.fused_adamw(device))
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
 if resume:
-    peaks = [group['peak_lr'] for group in optimizer.param_groups]  # may differ from the saved ones
+    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
     with plain_errors():
         optimizer.load_state_dict(saved['optimizer'])
-    for group, peak_lr in zip(optimizer.param_groups, peaks):
-        group['peak_lr'] = peak_lr
-    scaler.load_state_dict(saved['scaler'])
+    for group, options in zip(optimizer.param_groups, wanted):  # this run's, where they were changed
+        group.update(options)
+    if saved['scaler']:
+        scaler.load_state_dict(saved['scaler'])
     step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
     val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
-    if step >= max_iters:
+    if step >= max_iters and not eval_only:
         stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
 saved = None
 
@@ -300,7 +320,7 @@ if config['compile'] == 'true':
     model = torch.compile(model)
 if world_size > 1:
     model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None,
-                                    gradient_as_bucket_view=True)
+                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # ----------------------------------------------------------------------------
 # helpers
@@ -355,6 +375,12 @@ def state(**more):
     )
 
 
+def not_finite(at, what):
+    kept = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {kept}. '
+             'Try a lower learning rate, more warmup_iters, or --dtype=float32')
+
+
 def read_recent():
     """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite, before anything
     is saved. Looking only now and then spares a GPU the wait at every update."""
@@ -365,10 +391,9 @@ def read_recent():
     first = step - len(recent) + 1
     recent.clear()
     for at, (loss, norm) in enumerate(numbers.tolist(), first):
-        if not math.isfinite(loss) or (not math.isfinite(norm) and not scaler.is_enabled()):
-            kept = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
-            sys.exit(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate {lr:.2e}): stopped; {kept}. '
-                     'Try a lower learning rate, more warmup_iters, or --dtype=float32')
+        # float16's scaler meets infinite norms while it looks for its scale; below 1 it has not found one
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()) or scaler.get_scale() < 1:
+            not_finite(at, f'loss {loss}, gradient norm {norm}')
     return numbers[:, 0].mean().item(), numbers[-1, 1].item()
 
 
@@ -391,7 +416,10 @@ def plot():
     top.legend()
     low.plot([row['iter'] for row in rows], [row['lr'] for row in rows], 'C2-')
     low.set(xlabel='update', ylabel='learning rate', ylim=(0, None))
-    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
+    try:
+        figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
+    except OSError as error:
+        print(f'loss.png could not be drawn: {error}')
     pyplot.close(figure)
 
 
@@ -407,7 +435,6 @@ def clock(seconds):
 # ----------------------------------------------------------------------------
 # ready: what can fail has failed by now, and nothing of the run was written yet
 
-began = time.time()
 log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
 columns = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 if eval_only:
@@ -423,7 +450,7 @@ if writing:
             print(f'kept    the run that was in {out_dir} is in {kept} now')
         os.makedirs(out_dir, exist_ok=True)
         # ckpt.pt with the optimizer, another written aside, best.pt
-        needed, free = 28 * raw_model.n_params(), shutil.disk_usage(out_dir).free
+        needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
         if needed > free:
             stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
                  'free some, or take another --out_dir')
@@ -447,10 +474,11 @@ signals = []
 
 
 def on_signal(number, frame):
-    if signals:
+    if signals and world_size == 1:  # torchrun repeats the signal
         os._exit(128 + number)
+    if master and not signals:
+        os.write(2, f'\n{signal.Signals(number).name}: finishing this update and saving; once more stops at once\n'.encode())
     signals.append(number)
-    say(f'\n{signal.Signals(number).name}: finishing this update and saving; once more stops at once', flush=True)
 
 
 signal.signal(signal.SIGINT, on_signal)
@@ -459,7 +487,7 @@ signal.signal(signal.SIGTERM, on_signal)
 # ----------------------------------------------------------------------------
 # the loop
 
-batches, recent, worse, stopped_early, interrupted = training_batches(), [], 0, False, False
+batches, recent, stopped_early, interrupted = training_batches(), [], False, False
 first_step, logged_step, logged_at = step, step, time.time()
 raw_model.train()
 gc.collect()
@@ -483,7 +511,9 @@ while step < max_iters and not stopped_early and not interrupted:
                 micro_loss = model(x, y, return_logits=False)[1] / n_micro
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(error))):
+            raise
         if batch_size == 1 or world_size > 1:
             least = 16 * raw_model.n_params() / 2**30
             sys.exit(f'out of memory at micro-batches of {batch_size} x {block_size}: weights, gradients and optimizer alone '
@@ -509,11 +539,11 @@ while step < max_iters and not stopped_early and not interrupted:
     # evaluate and log
     evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
     interrupted = bool(signals)
-    if world_size > 1:  # the processes must agree on when to stop, and do so when they wait for each other anyway
+    if world_size > 1:  # the processes stop at the same update
         votes = torch.tensor(float(interrupted), device=device)
-        if evaluating or logging:
-            dist.all_reduce(votes)
-        interrupted = (evaluating or logging) and votes.item() > 0
+        dist.all_reduce(votes)
+        interrupted = votes.item() > 0
+    interrupted = interrupted and step < max_iters
     if not (evaluating or logging or interrupted):
         continue
     train_loss, grad_norm = read_recent()
@@ -529,14 +559,15 @@ while step < max_iters and not stopped_early and not interrupted:
         break
     if evaluating and not dry_run:
         val_loss = evaluate()
+        if not math.isfinite(val_loss):
+            not_finite(step, f'validation loss {val_loss}')
         row[3] = f'{val_loss:.6f}'
         better = val_loss < best_val_loss
-        worse = 0 if better else worse + 1
         if better:
             best_val_loss, best_step = val_loss, step
         rising = '' if better else f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
         say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
-        stopped_early = 0 < patience <= worse
+        stopped_early = 0 < patience <= (step - best_step) // eval_interval
 
     # save
     if writing:
@@ -563,7 +594,8 @@ while step < max_iters and not stopped_early and not interrupted:
 where = f' --out_dir={out_dir}' * (out_dir != 'out')
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
-    say(f'dry run: the {max_iters - step} updates left would take about {left}; {memory}; nothing was written')
+    whole_run = clock((max_iters - first_step) * seconds)
+    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; nothing was written')
 elif interrupted:
     say(f'saved   {ckpt_path} at update {step}; go on with: python train.py --resume{where}')
 else:

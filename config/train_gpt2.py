@@ -18,6 +18,7 @@ max_iters = 5000
 lr_schedule = 'linear'
 learning_rate = 3e-3
 muon_learning_rate = 0.02
+muon_momentum = 0.95
 beta2 = 0.95
 weight_decay = 0.1
 warmup_iters = 250

@@ -4,14 +4,15 @@ dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
 
 n_layer = 4
-n_head = 6
-n_kv_head = 2
+n_head = 3
+n_kv_head = 1
 n_embd = 192
 block_size = 128
 batch_size = 8
 
 max_iters = 1000
+warmup_iters = 10
 lr_schedule = 'linear'
 weight_decay = 0.0
-eval_interval = 250
+eval_interval = 500
 eval_iters = 0
