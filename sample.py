@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import torch
 
@@ -38,8 +39,9 @@ config = configure(__file__)
 globals().update(config)
 ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40),
               top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 2**16))
+note = lambda text: print(text, file=sys.stderr, flush=True)  # stdout is the text alone
 sys.stdout.reconfigure(errors='backslashreplace')
-if hasattr(signal, 'SIGPIPE'):
+with suppress(AttributeError):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
 
 
@@ -69,20 +71,20 @@ if device == 'cpu':
 block_size = model.config.block_size
 about = (f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, '
          f'{model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}')
-note = lambda text: print(text, file=sys.stderr, flush=True)  # stdout is the text alone
+drawing = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
 generator = torch.Generator(device)
 generator.manual_seed(seed) if seed else generator.seed()
 
 
 def beginning():
-    """Ids of what stands before a document: the end of another one, or a line break."""
+    """What stands before a document: the end of another one, or a line break."""
     return [coder.end_of_text] if coder.end_of_text is not None else coder.encode('\n')
 
 
 def draw(ids, **options):
     """New tokens after ids, a list of num_samples ids at a time."""
-    options |= dict(generator=generator, stop_token=coder.end_of_text)
-    for new in model.stream(torch.tensor([ids]), max_new_tokens, **options):
+    options |= dict(drawing, generator=generator, stop_token=coder.end_of_text)
+    for new in model.stream(torch.tensor([ids]), **options):
         yield new.tolist()
 
 
@@ -104,13 +106,10 @@ def write(tokens):
 
 def talk():
     """A prompt, the text that follows, and again; the context stays, up to the window."""
-    try:
+    with suppress(ImportError):
         import readline  # history and editing in input(), where there is one
-    except ImportError:
-        pass
     note(f'{about}\nIt completes documents, it is not an assistant: type how a text begins. \\n is a line break, '
          'an empty line goes on with the text, /help lists the commands.')
-    options = {name: config[name] for name in ('temperature', 'top_k', 'top_p')}
     cache, unread = None, []  # ids that the cache has not read yet
     while True:
         try:
@@ -124,27 +123,24 @@ def talk():
                 check(name, number := type(config[name])(value))
                 if name == 'seed':
                     generator.manual_seed(number) if number else generator.seed()
-                elif name == 'max_new_tokens':
-                    globals().update(max_new_tokens=number)
                 else:
-                    options[name] = number
+                    drawing[name] = number
             elif word == '/reset':
                 cache = None
             elif word == '/info':
                 read = cache.position if cache else 0
-                print(f'{about}\n{options}, tokens {max_new_tokens}; {read:,} tokens read, the last {block_size} count')
+                print(f'{about}\n{drawing}; {read:,} tokens read, the last {block_size} count')
             elif word == '/quit':
                 return
             elif word.startswith('/'):
-                print('/temperature 0.9  /top_k 50  /top_p 0.9  /tokens 300  /seed 7  /reset  /info  /quit; '
-                      'Ctrl-C ends a text')
+                print('/temperature 0.9  /top_k 50  /top_p 0.9  /tokens 300  /seed 7  /reset  /info  /quit  Ctrl-C')
             else:
                 ids = coder.encode(typed.replace('\\n', '\n'))
                 if cache is None:
                     cache, unread = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
                 ids, unread = unread + ids, []
                 try:
-                    write(unread.append(id) or id for (id,) in draw(ids, cache=cache, **options))
+                    write(unread.append(id) or id for (id,) in draw(ids, cache=cache))
                 except KeyboardInterrupt:
                     print()
                 unread = unread[-1:]  # the cache has read all but the last
@@ -165,7 +161,7 @@ if len(prompt) > block_size:
     note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
 began, drawn = time.perf_counter(), []
 try:
-    rows = draw(prompt, num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = draw(prompt, num_samples=num_samples)
     if num_samples == 1:
         print(printable(start), end='', flush=True)
         write(drawn.append(ids) or ids[0] for ids in rows)
