@@ -180,7 +180,7 @@ def table():
         line = ''.join(str(value).ljust(width) for value, width in zip(row.values(), (9, 8, 32, 12, 10, 12, 34, 0)))
         lines.append(f'\033[{31 if "reason" in row else 32}m{line}\033[0m' if sys.stdout.isatty() else line.rstrip())
     return '\n'.join([*lines, '', 'Python {python}, PyTorch {torch}, {cores} cores {problem}'.format(**facts),
-                      'train.py would pick {device} (the first) and {dtype} (the shortest fast one)'.format(**facts)])
+                      'train.py would pick {device}, the first there, and {dtype}, the shortest it is fast in'.format(**facts)])
 
 if __name__ == '__main__':
     from configurator import ask, configure

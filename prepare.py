@@ -552,7 +552,7 @@ class Tokens:
 
 def load_dataset(name):
     """A name in data/, or a folder -> its meta, train and val. ValueError for whatever is missing or wrong."""
-    folder = DATA / name if (DATA / name).exists() else Path(name)
+    folder = Path(name) if os.path.isdir(name) and not (DATA / name).exists() else DATA / name
     typed = folder.name if folder.name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
     try:
         put_in_place(folder)

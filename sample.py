@@ -17,7 +17,7 @@ import torch
 import hardware
 from configurator import configure, plain_errors
 from model import KVCache, load_checkpoint, load_model
-from prepare import Tokenizer, printable
+from prepare import Tokenizer, printable, read_text
 
 # ----------------------------------------------------------------------------
 # settings
@@ -69,8 +69,8 @@ hardware.set_up(device, threads)
 if device == 'cpu':
     model.lay_out_for_decoding()
 block_size = model.config.block_size
-about = (f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, '
-         f'{model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}')
+trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
+about = f'{path}: {trained}, {model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}'
 drawing = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
 generator = torch.Generator(device)
 generator.manual_seed(seed) if seed else generator.seed()
@@ -108,8 +108,7 @@ def talk():
     """A prompt, the text that follows, and again; the context stays, up to the window."""
     with suppress(ImportError):
         import readline  # history and editing in input(), where there is one
-    note(f'{about}\nIt completes documents, it is not an assistant: type how a text begins. \\n is a line break, '
-         'an empty line goes on with the text, /help lists the commands.')
+    note(f'{about}\nIt completes documents, it is no assistant: type how one begins. \\n: line break, empty: go on, /help')
     cache, unread = None, []  # ids that the cache has not read yet
     while True:
         try:
@@ -121,10 +120,10 @@ def talk():
         try:
             if word in ('/temperature', '/top_k', '/top_p', '/tokens', '/seed'):
                 check(name, number := type(config[name])(value))
-                if name == 'seed':
-                    generator.manual_seed(number) if number else generator.seed()
-                else:
+                if name != 'seed':
                     drawing[name] = number
+                elif number:
+                    generator.manual_seed(number)
             elif word == '/reset':
                 cache = None
             elif word == '/info':
@@ -153,12 +152,11 @@ if interactive:
     sys.exit()
 with plain_errors():
     if start.startswith('FILE:'):
-        with open(start[5:], encoding='utf-8', newline='') as file:
-            start = file.read()
+        start = ''.join(read_text(start[5:]))
     prompt = coder.encode(start) or beginning()
 note(about)
 if len(prompt) > block_size:
-    note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
+    note(f'of the {len(prompt):,} tokens of the prompt the model sees {block_size} at a time')
 began, drawn = time.perf_counter(), []
 try:
     rows = draw(prompt, num_samples=num_samples)

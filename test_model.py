@@ -888,6 +888,7 @@ REFUSALS = [
     ('sample.py', '--top_k=-1', 'top_k'), ('sample.py', '--top_p=0', 'top_p'),
     ('sample.py', '--num_samples=0', 'num_samples'), ('sample.py', '--max_new_tokens=0', 'max_new_tokens'),
     ('sample.py', '--start=FILE:nothing', 'nothing: No such file'),
+    ('sample.py', '--start=FILE:out/best.pt', 'best.pt is not UTF-8'),
     ('sample.py', '--start=né', "'\\xe9'"), ('sample.py', '--device=tpu', 'device tpu'),
     ('train.py', '--interactive', 'no answer'), ('prepare.py', 'tiny.py --val_fraction=0', 'val_fraction 0'),
     ('prepare.py', 'tiny.py --vocab_size=256', 'vocab_size 256'), ('bench.py', '--updates=0', 'updates'),
