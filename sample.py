@@ -156,7 +156,7 @@ with plain_errors():
     prompt = coder.encode(start) or beginning()
 note(about)
 if len(prompt) > block_size:
-    note(f'of the {len(prompt):,} tokens of the prompt the model sees {block_size} at a time')
+    note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
 began, drawn = time.perf_counter(), []
 try:
     rows = draw(prompt, num_samples=num_samples)
