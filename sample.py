@@ -108,7 +108,7 @@ def talk():
     """A prompt, the text that follows, and again; the context stays, up to the window."""
     with suppress(ImportError):
         import readline  # history and editing in input(), where there is one
-    note(f'{about}\nIt completes documents, it is no assistant: type how one begins. \\n: line break, empty: go on, /help')
+    note(f'{about}\nIt completes documents, it is not an assistant: type how one begins. \\n: line break, empty: go on, /help')
     cache, unread = None, []  # ids that the cache has not read yet
     while True:
         try:
