@@ -79,15 +79,17 @@ class RMSNorm(Function):
     def forward(ctx, x):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = size.square_().div_(x.size(-1)).add_(1e-6).rsqrt_()  # 1 / rms(x)
-        y = (x * scale).to(x.dtype)
+        kind = x.device.type
+        y = (x * scale).to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
         ctx.save_for_backward(y, scale)
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(-y.size(-1))
-        return torch.addcmul(grad, y, along.to(y.dtype)).mul_(scale)
+        return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype)
 
 
 def rotate(x, cos, sin):
@@ -111,25 +113,30 @@ def swiglu(gate_up):
     return F.silu(gate).mul_(up)
 
 
-class SwiGLU(Function):
-    """swiglu that keeps its input alone for backward."""
+class SwiGLULinear(Function):
+    """F.linear(swiglu(gate_up), weight, bias) that keeps its arguments alone for backward; what swiglu gives, half as large
+    again, is made a second time there."""
 
     @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        return swiglu(gate_up)
+    def forward(ctx, gate_up, weight, bias):
+        ctx.save_for_backward(gate_up, weight)
+        ctx.biased = bias is not None
+        return F.linear(swiglu(gate_up), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
+        gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grads = torch.empty_like(gate_up)
         grad_gate, grad_up = grads.chunk(2, dim=-1)
         grad_gate.copy_(gate).sigmoid_()  # one exponential serves both halves
         grad_up.copy_(gate).mul_(grad_gate)  # silu
-        grad_gate.addcmul_(grad_up, grad_gate, value=-1).add_(grad_up).mul_(grad * up)
-        grad_up.mul_(grad)
-        return grads
+        rows = grad.flatten(0, -2)
+        grad_weight = (rows.t() @ (grad_up * up).flatten(0, -2)).to(weight.dtype)
+        grad_y = grad @ weight.to(grad.dtype)
+        grad_gate.addcmul_(grad_up, grad_gate, value=-1).add_(grad_up).mul_(grad_y * up)
+        grad_up.mul_(grad_y)
+        return grads, grad_weight, rows.sum(0).to(weight.dtype) if ctx.biased else None
 
 
 class LinearCrossEntropy(Function):
@@ -143,7 +150,7 @@ class LinearCrossEntropy(Function):
         wanted = x.requires_grad  # False while evaluating
         grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if wanted else (None, None)
         n = x.size(0)
-        rows = n if n * weight.size(0) <= 2**24 else min(8192, math.ceil(n / 8))
+        rows = n if n * weight.size(0) <= 2**24 else min(8192, math.ceil(n / 16))
         for i in range(0, n, rows):
             h, t = x[i : i + rows], targets[i : i + rows].unsqueeze(1)
             logits = F.linear(h, weight)  # (rows, V)
@@ -157,13 +164,15 @@ class LinearCrossEntropy(Function):
                     grad_w.addmm_(d.t(), h)
                 else:  # autocast: slices are added in the weight's precision; 64 keeps a slice's sum in float16's range
                     grad_w.add_(d.t() @ (h / 64).to(d.dtype), alpha=64)
-        ctx.save_for_backward(grad_x, grad_w, counted)
+                del d
+            del logits, log_p  # before the next ones are made
+        ctx.grads, ctx.counted = (grad_x, grad_w), counted
         return loss / counted
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_w, counted = ctx.saved_tensors
-        return grad_x * (grad / counted), grad_w * (grad / counted), None
+        grad_x, grad_w = ctx.__dict__.pop('grads')  # scaled where they lie, so once
+        return grad_x.mul_(grad / ctx.counted), grad_w.mul_(grad / ctx.counted), None
 
 
 @cache
@@ -243,11 +252,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.up(x)
-        if not self.config.use_swiglu:
-            x = F.gelu(x)
+        if self.config.use_swiglu and torch.is_grad_enabled():
+            x = SwiGLULinear.apply(x, self.down.weight, self.down.bias)
         else:
-            x = SwiGLU.apply(x) if torch.is_grad_enabled() else swiglu(x)
-        return F.dropout(self.down(x), self.config.dropout, self.training)
+            x = self.down(swiglu(x) if self.config.use_swiglu else F.gelu(x))
+        return F.dropout(x, self.config.dropout, self.training)
 
 
 class Block(nn.Module):
