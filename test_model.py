@@ -7,12 +7,14 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +31,7 @@ import pytest
 import requests
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import configurator
 import hardware
@@ -880,7 +883,7 @@ REFUSALS = [
     ('train.py', '--device=tpu', 'device tpu'), ('train.py', '--dtype=float16', 'float16'),
     ('train.py', '--out_dir=tiny.py', 'tiny.py'), ('train.py', '--init_from=tiny.py', 'not a checkpoint'),
     ('train.py', '--init_from=out', 'no checkpoint out'), ('train.py', '--out_dir=tiny.py/x', 'tiny.py/x'),
-    ('train.py', '--resume --init_from=out/best.pt', 'one of them'), ('train.py', '--resume', 'all of its 40 updates'),
+    ('train.py', '--resume --init_from=out/best.pt', 'all of its 40'), ('train.py', '--resume', 'all of its 40 updates'),
     ('train.py', '--resume --out_dir=nothing', 'no checkpoint'), ('train.py', '--resume --n_layer=3', 'n_layer is 2'),
     ('train.py', '--resume --dataset=words', 'different tokenizers'),
     ('train.py', '--resume --dataset=more', 'another sha256'),
@@ -951,7 +954,57 @@ def test_the_picture_is_drawn_where_matplotlib_is_there(call, place, monkeypatch
     call('train.py', 'tiny.py', '--max_iters=3')
     assert Path('out/loss.png').read_bytes().startswith(b'\x89PNG')
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='this PyTorch is built without gloo')
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason='this PyTorch is built without gloo')
+
+def as_rank(rank, n, port, flags):
+    """train.py as one of n processes that torchrun started; counts how often gradients are summed over them."""
+    summed = []
+
+    class Counting(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.register_comm_hook(None, lambda _, bucket: summed.append(1) or allreduce_hook(None, bucket))
+    torch.nn.parallel.DistributedDataParallel = Counting
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    sys.modules['matplotlib'], sys.argv = None, ['train.py', *flags]
+    try:
+        runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
+    finally:
+        Path(f'summed-{rank}').write_text(str(len(summed)))
+
+def train_as(n, *flags):
+    """train.py in n processes, forked from one that has imported torch: torchrun takes seconds longer."""
+    multiprocessing.set_forkserver_preload(['torch._dynamo', 'requests', 'pytest'])
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(as_rank, (n, port, flags), n, start_method='forkserver')
+
+def assert_same_losses(one, other):
+    """Of two runs whose float32 sums are in another order, which grows from update to update."""
+    assert column(other, 'iter') == column(one, 'iter')
+    for name, rel in ('train_loss', 1e-3), ('val_loss', 1e-3), ('grad_norm', 2e-3):
+        assert column(other, name) == pytest.approx(column(one, name), rel=rel)
+
+@pytest.fixture
+def shared(place):
+    """Flags of a run that 1, 2 and 4 processes can share: without dropout, evaluations of three batches"""
+    Path('long.txt').write_text(TEXT * 4000)
+    prepare.prepare('long.txt')
+    return ['tiny.py', '--dataset=long', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--eval_interval=10', '--eval_iters=3',
+            '--dtype=float32']
+
+@needs_gloo
+@pytest.mark.parametrize('kind', ['muon', 'adamw'])
+def test_two_and_four_processes_make_the_updates_of_one(call, shared, place, kind):
+    flags = [*shared, f'--optimizer={kind}', '--max_iters=30']
+    call('train.py', *flags, '--out_dir=1')
+    for n in 2, 4:
+        train_as(n, *flags, f'--out_dir={n}')
+        assert_same_losses(place / '1', place / str(n))
+        # once an update, at the last of its 4 or 2 micro-batches
+        assert [Path(f'summed-{rank}').read_text() for rank in range(n)] == ['30'] * n
+
+@needs_gloo
 def test_two_processes_make_the_updates_of_one_and_one_goes_on_with_them(call, place):
     flags = ['tiny.py', '--dropout=0', '--decay_lr=false', '--eval_interval=15']
     call('train.py', *flags, '--max_iters=36', '--out_dir=one')

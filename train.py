@@ -35,7 +35,7 @@ from model import GPT, GPTConfig, load_checkpoint, load_model, make_optimizer, p
 # settings: change them here, in a config file, or by --name=value
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
-resume = False  # go on from out_dir/ckpt.pt; the settings come from there, config files and flags change them
+resume = False  # go on from out_dir/ckpt.pt, settings included, which config files and flags change; torchrun may also begin
 init_from = ''  # start from this checkpoint's weights instead, shape and tokenizer with them; the optimizer starts anew
 eval_only = False  # evaluate once and leave
 dry_run = False  # check everything, time a few real steps, print the estimate; writes nothing
@@ -140,10 +140,15 @@ def interview():
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save yet
 config = configure(__file__)
+log_path, ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
+if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
+    stop('torchrun --max_restarts needs train.py --resume: without it a restart would begin anew')
+if 'RANK' in os.environ:  # a restart is the same command, so that the first start has --resume, too
+    config['resume'] = config['resume'] and os.path.exists(ckpt_path)
 if config['resume']:  # the run's own settings are the defaults now
     with plain_errors():
-        saved = load_checkpoint(os.path.join(config['out_dir'], 'ckpt.pt'))
-    config = configure(__file__, saved={**saved['config'], 'out_dir': config['out_dir'], 'init_from': config['init_from']})
+        saved = load_checkpoint(ckpt_path)
+    config = {**configure(__file__, saved={**saved['config'], 'out_dir': config['out_dir']}), 'init_from': ''}
 config['compile'] = config['compile'].lower()
 globals().update(config)
 sys.stdout.reconfigure(errors='backslashreplace')  # a terminal without some character must not end a run
@@ -172,8 +177,6 @@ for name, choices in (
         stop(f"{name} is '{config[name]}': it must be one of {', '.join(choices.split())}")
 if dry_run:
     log_interval = 2
-if resume and init_from:
-    stop('resume goes on with a run, init_from starts a new one: give one of them')
 
 # ----------------------------------------------------------------------------
 # device, and the other processes if torchrun started several
@@ -212,9 +215,12 @@ with plain_errors():
             dataset = offline_dataset
             prepare_missing(dataset)
     if world_size > 1:  # the others wait for it, and learn what it became
-        chosen = [dataset]
+        here = saved['iter_num'] if resume else 0
+        chosen = [dataset, here]
         dist.broadcast_object_list(chosen)
-        dataset = chosen[0]
+        dataset, there = chosen
+        if here != there:
+            stop(f'{ckpt_path} is of update {here} on rank {rank}, of {there} on rank 0: all machines need the same out_dir')
     config['dataset'] = dataset
     data = prepare.load_dataset(dataset)
 
@@ -228,7 +234,7 @@ if init_from:
     with plain_errors():
         saved = load_checkpoint(init_from)
 if resume or init_from:
-    source = init_from or os.path.join(out_dir, 'ckpt.pt')
+    source = init_from or ckpt_path
     shape = saved['model_config']
     for name, value in wishes.items():
         if shape[name] != value:
@@ -435,7 +441,6 @@ def clock(seconds):
 # ----------------------------------------------------------------------------
 # ready: what can fail has failed by now, and nothing of the run was written yet
 
-log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
 columns = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 if eval_only:
     val_loss = evaluate()
