@@ -572,6 +572,10 @@ def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_m
 # ----------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain values, which torch.load reads without running anything
 
+COUNTS = dict(iter_num=int, tokens_seen=int, best_step=int, elapsed=float)  # updates, tokens, updates, seconds
+FIELDS = dict(COUNTS, model=dict, model_config=dict, config=dict, tokenizer=dict, dataset_sha256=str, val_loss=float,
+              best_val_loss=float, scaler=dict)  # ckpt.pt has the optimizer as well
+
 
 def save_checkpoint(path, state):
     """Written aside, flushed to disk, renamed: whatever happens, path is the old file or the new one, whole."""
@@ -586,8 +590,7 @@ def save_checkpoint(path, state):
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         if os.path.exists(aside):
             os.remove(aside)
-        there = 'the one saved before it is whole' if os.path.exists(path) else 'none was saved before it'
-        raise OSError(f'{path} could not be written ({reason}); {there}') from None
+        raise OSError(f'{path} could not be written ({reason})') from None
 
 
 def load_checkpoint(path, device='cpu'):
@@ -604,20 +607,44 @@ def load_checkpoint(path, device='cpu'):
         raise ValueError(f'{path} is not a checkpoint, or not all of one: take another copy') from None
     except (pickle.UnpicklingError, RuntimeError):
         raise ValueError(f'{path} is not a checkpoint of this program, or would run code, which is not allowed') from None
-    wanted = {'model', 'model_config', 'config', 'tokenizer', 'iter_num', 'val_loss'}
-    if not isinstance(state, dict) or not wanted <= state.keys():
-        raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program')
+    for name, kind in FIELDS.items():
+        value = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(value, kind) or name in COUNTS and not 0 <= value < 2**53:
+            raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program (no sound {name})')
+    try:
+        state['model_config'] = asdict(GPTConfig(**state['model_config']))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{path} has no sound model_config ({error})') from None
     return state
 
 
 def load_model(state):
     """The GPT of a checkpoint, its tied embedding one tensor, ready for more training or sampling."""
     try:
-        model = GPT(GPTConfig(**state['model_config']))
+        config = GPTConfig(**state['model_config'])
+        if config.n_layer > len(state['model']):  # before so many are made
+            raise ValueError(f'there are no {config.n_layer} layers of them')
+        model = GPT(config)
         model.load_state_dict(state['model'])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the checkpoint's weights do not fit its model_config ({str(error).splitlines()[0]})") from None
     return model.to(next(iter(state['model'].values())).device)
+
+
+def load_optimizer(optimizer, state):
+    """A checkpoint's optimizer state into this optimizer, whose own options, which may have changed, stay."""
+    options = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, options):
+            group.update(own)
+            wanted = {'step', 'momentum_buffer'} if group.get('muon') else {'step', 'exp_avg', 'exp_avg_sq'}
+            for p in group['params'] if optimizer.state else ():  # float16 may have skipped every update so far
+                shapes = {name: value.shape for name, value in optimizer.state[p].items()}
+                if shapes != {name: () if name == 'step' else p.shape for name in wanted}:
+                    raise ValueError(f'{shapes} for weights of {tuple(p.shape)}')
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
 
 
 if __name__ == '__main__':

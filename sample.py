@@ -38,7 +38,7 @@ threads = 0  # CPU threads; 0: torch's choice
 config = configure(__file__)
 globals().update(config)
 ranges = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40),
-              top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 2**16))
+              top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 1024))
 note = lambda text: print(text, file=sys.stderr, flush=True)  # stdout is the text alone
 sys.stdout.reconfigure(errors='backslashreplace')
 with suppress(AttributeError):  # Windows has none
@@ -69,8 +69,8 @@ hardware.set_up(device, threads)
 if device == 'cpu':
     model.lay_out_for_decoding()
 block_size = model.config.block_size
-trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
-about = f'{path}: {trained}, {model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}'
+about = (f'{path}: update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}, '
+         f'{model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}')
 drawing = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
 generator = torch.Generator(device)
 generator.manual_seed(seed) if seed else generator.seed()
@@ -127,8 +127,7 @@ def talk():
             elif word == '/reset':
                 cache = None
             elif word == '/info':
-                read = cache.position if cache else 0
-                print(f'{about}\n{drawing}; {read:,} tokens read, the last {block_size} count')
+                print(f'{about}\n{drawing}; {cache.position if cache else 0:,} tokens read, the last {block_size} count')
             elif word == '/quit':
                 return
             elif word.startswith('/'):
@@ -158,18 +157,13 @@ note(about)
 if len(prompt) > block_size:
     note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
 began, drawn = time.perf_counter(), []
+rows = (drawn.append(ids) or ids for ids in draw(prompt, num_samples=num_samples))
 try:
-    rows = draw(prompt, num_samples=num_samples)
-    if num_samples == 1:
-        print(printable(start), end='', flush=True)
-        write(drawn.append(ids) or ids[0] for ids in rows)
-    else:
-        drawn = list(rows)
-        for tokens in zip(*drawn):
-            print(printable(start), end='')
+    with plain_errors():  # so many texts may not fit the memory
+        for tokens in zip(*rows) if num_samples > 1 else [(id for (id,) in rows)]:
+            print(printable(start), end='', flush=True)
             write(tokens)
-            print('-' * 40)
+            print('-' * 40 + '\n' if num_samples > 1 else '', end='')
 except KeyboardInterrupt:
-    print()
     sys.exit(130)
 note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')

@@ -1,6 +1,7 @@
 """The specification: settings, hardware, data, model, training, sampling. Run it with: python -m pytest
 
 Killing a run at 200 random moments takes a quarter of an hour and is asked for: KILLS=200 python -m pytest -m kills -s
+or in parts side by side, each with moments of its own: KILLS=50 PART=1 python -m pytest -m kills -s & KILLS=50 PART=2 ...
 """
 import csv
 import gc
@@ -633,8 +634,8 @@ def test_autocast_and_float32_agree():
 # checkpoints
 
 def checkpoint(model, **changes):
-    return dict(model=model.state_dict(), model_config=vars(model.config).copy(), config={}, tokenizer={}, iter_num=0,
-                val_loss=1.0) | changes
+    return dict({name: kind() for name, kind in gpt.FIELDS.items()}, model=model.state_dict(),
+                model_config=vars(model.config).copy()) | changes
 
 def test_a_checkpoint_comes_back_equal_and_the_tied_weights_are_one_tensor(tmp_path):
     model, x = tiny(), ids(2, 16)
@@ -653,7 +654,7 @@ SPOILS = {
     'empty': lambda whole: b'', 'text': lambda whole: b'hello', 'cut': lambda whole: whole[: len(whole) // 2],
     'one bit': lambda whole: whole[:9999] + bytes([whole[9999] ^ 1]) + whole[10000:],
     'hostile': {'model': Hostile()}, 'hostile legacy': {'model': Hostile()}, 'no model': {'model': 7},
-    'of another program': {'weights': torch.ones(3)}, 'missing': None,
+    'of another program': {'weights': torch.ones(3)}, 'missing': None, 'a directory': os.mkdir,
     'of another shape': {'model_config': {**TINY, 'n_embd': 64}}}
 
 @pytest.mark.parametrize('how', SPOILS)
@@ -663,6 +664,8 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, m
     if isinstance(spoil, dict):
         whole = spoil if 'of another program' in how else good | spoil
         torch.save(whole, path, _use_new_zipfile_serialization='legacy' not in how)
+    elif spoil is os.mkdir:
+        spoil(path)
     elif spoil:
         torch.save(good, path)
         path.write_bytes(spoil(path.read_bytes()))
@@ -714,7 +717,9 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv('OMP_NUM_THREADS', '1')
         patch.setenv('PYTHONPATH', str(folder / 'missing'))
-        run(script('prepare.py', 'plain.txt'), folder)
+        with pytest.MonkeyPatch.context() as there:
+            there.chdir(folder)
+            prepare.prepare('plain.txt')
         muon, adamw = ['--optimizer=muon'], ['--optimizer=adamw', '--lr_schedule=linear']
         cut = [pool.submit(broken_and_resumed, folder, signal.SIGINT, *muon, '--out_dir=cut-muon'),
                pool.submit(broken_and_resumed, folder, signal.SIGTERM, *adamw, '--out_dir=cut-adamw')]
@@ -798,7 +803,7 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one_bit_for_bit(runs,
 
 def survive(kills, folder):
     """Runs until done, killed so many times at random moments. Returns how many updates were lost each time."""
-    rng, lost, seen, text, ckpt = random.Random(kills), [], 0, '', folder / 'out/ckpt.pt'
+    rng, lost, seen, text, ckpt = random.Random(os.environ.get('PART', kills)), [], 0, '', folder / 'out/ckpt.pt'
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
     for life in range(kills + 1):
         command = script('train.py', '--resume' if ckpt.exists() else 'tiny.py', f'--max_iters={20 * kills}')
@@ -811,6 +816,7 @@ def survive(kills, folder):
         assert process.returncode == (-signal.SIGKILL if life < kills else 0), text
         seen = max([seen, *map(int, re.findall(r'^ *(\d+)/', text, re.M))])
         lost.append(seen - (load_checkpoint(str(ckpt))['iter_num'] if ckpt.exists() else 0))
+        print(f'{len(lost)} of {kills} kills: update {seen}, {lost[-1]} lost', flush=True)
     return lost
 
 @pytest.mark.parametrize('kills', [2, pytest.param(int(os.environ.get('KILLS', 200)), marks=pytest.mark.kills)])
@@ -839,8 +845,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(call, pla
     patch_training(monkeypatch, lambda x, loss: loss * math.nan if next(calls) == 9 else loss)  # in update 5
     out, err = call('train.py', 'tiny.py', '--log_interval=10', status=1)
     assert err.startswith('update 5: loss nan') and err.count('\n') == 1 and 'float32' in err and 'learning rate' in err
-    saved = [load_checkpoint(str(place / 'out' / name)) for name in ('ckpt.pt', 'best.pt')]
-    assert all(s['iter_num'] == 3 and all(p.isfinite().all() for p in s['model'].values()) for s in saved)
+    assert_whole_of_update(3, place / 'out')
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(call, place, monkeypatch):
+    calls = itertools.count(1)
+
+    def spoil(x, loss):
+        if next(calls) == 9:  # in update 5
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+    patch_training(monkeypatch, spoil)
+    assert re.match(r'update 5: loss \d\.\d+, gradient norm nan', call('train.py', 'tiny.py', status=1)[1])
+    assert_whole_of_update(3, place / 'out')
+
+def assert_whole_of_update(n, folder):
+    saved = [load_checkpoint(str(folder / name)) for name in ('ckpt.pt', 'best.pt')]
+    assert all(s['iter_num'] == n and all(p.isfinite().all() for p in s['model'].values()) for s in saved)
 
 def test_out_of_memory_halves_the_micro_batch_and_not_the_update(call, place, monkeypatch):
     flags, rows = ['tiny.py', '--max_iters=6', '--dropout=0'], 2
@@ -856,7 +876,47 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(call, place, mo
     whole, halved = (column(place / name, 'train_loss') for name in ('whole', 'out'))
     assert halved == pytest.approx(whole, rel=1e-4)  # float32 sums in another order, over six updates
     rows = 0
-    assert 'out of memory at micro-batches of 1 x 16' in call('train.py', *flags, status=1)[1]
+    assert re.search(r'out of memory.* 1 x 16.* GiB.* no checkpoint yet', call('train.py', *flags, status=2)[1])
+
+@pytest.mark.parametrize('owner, name, flags', [(gpt, 'orthogonalize', []), (torch.optim.AdamW, 'step', []),
+                                                (prepare, 'val_batches', []), (prepare, 'val_batches', ['--eval_only'])])
+@pytest.mark.parametrize('error, says', [(torch.OutOfMemoryError('of 9 GiB'), 'out of memory: of 9 GiB'),
+                                         (FileNotFoundError(2, 'gone', 'val.bin'), 'val.bin: gone')])
+def test_no_memory_or_no_data_later_is_one_line_and_no_half_update_is_saved(call, place, monkeypatch, owner, name, flags,
+                                                                           error, says):
+    real, calls = getattr(owner, name), itertools.count(0 if flags else -13)
+
+    def fail(*arguments, **options):
+        if next(calls) >= 0:
+            raise error
+        return real(*arguments, **options)
+    monkeypatch.setattr(owner, name, fail)
+    err = call('train.py', 'tiny.py', *flags, status=2)[1]
+    assert err.startswith(says) and err.count('\n') == 1 and (flags or 'out/ckpt.pt is from before it' in err)
+    saved = load_checkpoint('out/ckpt.pt')
+    steps = {int(s['step']) for s in saved['optimizer']['state'].values() if 'exp_avg' in s}
+    assert steps == {saved['iter_num']} and (flags or saved['iter_num'] < 40)
+
+def test_a_data_set_that_vanishes_during_the_run_ends_it_in_one_line(call, place, monkeypatch):
+    calls = itertools.count(1)
+    patch_training(monkeypatch, lambda x, loss: loss if next(calls) != 9 else shutil.rmtree('data') or loss)
+    err = call('train.py', 'tiny.py', '--max_iters=400', status=2)[1]  # the files are opened anew now and then
+    assert re.match(r'.*data/plain/(train|val).bin: No such file.* out/ckpt.pt is from before it', err)
+    log, saved = column(place / 'out', 'iter'), load_checkpoint('out/ckpt.pt')['iter_num']
+    assert err.count('\n') == 1 and log[-1] - 3 <= saved <= log[-1]
+    call('sample.py', '--max_new_tokens=3')
+
+def test_a_second_ctrl_c_stops_at_once(runs, tmp_path):
+    shutil.copytree(runs.folder / 'data', tmp_path / 'data')
+    command = script('train.py', runs.folder / 'tiny.py', f'--tokens_per_update={128 * 10 ** 6}')  # an update of hours
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / 'out/log.csv').exists():  # after it come the handlers
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == '\n' and 'once more stops at once' in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130 and os.listdir(tmp_path / 'out') == ['log.csv']
 
 @pytest.mark.parametrize('owner, name, flags, says', [
     (shutil, 'disk_usage', ['tiny.py'], 'GiB free'), (os, 'fsync', ['--resume', '--max_iters=50'], 'No space left')])
@@ -867,8 +927,35 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(call, monkeypatch
         return SimpleNamespace(free=0)
     monkeypatch.setattr(owner, name, full)
     err = call('train.py', *flags, status=2)[1]
-    left = [path for path in Path().glob('out*/*') if 'ckpt' in path.name]
-    assert says in err and err.count('\n') == 1 and [load_checkpoint(str(path))['iter_num'] for path in left] == [40]
+    assert says in err and err.count('\n') == 1 and load_checkpoint('out/ckpt.pt')['iter_num'] == 40
+    assert [str(path) for path in Path().glob('out*/*ckpt*')] == ['out/ckpt.pt']
+
+@pytest.mark.parametrize('users, changes', [
+    (3, dict(val_loss='1')), (3, dict(iter_num=None)), (3, dict(tokens_seen=-1)), (3, dict(elapsed=math.nan)),
+    (3, dict(config=[])), (3, dict(dataset_sha256=0)), (3, dict(tokenizer='char')), (3, dict(tokenizer={'kind': 'char'})),
+    (3, dict(model={})), (3, dict(model={'embedding.weight': 'x'})), (3, dict(model_config={'n_layer': '2'})),
+    (3, dict(model_config={'width': 3})), (3, dict(model_config={**TINY, 'n_layer': 10 ** 9})),
+    (3, dict(model_config={**TINY, 'mlp_ratio': math.inf})), (1, dict(config={'n_layer': 'two'})), (1, dict(config={'dataset': 'plain', 'device': 'cpu'})),
+    (1, dict(optimizer=7)), (1, dict(optimizer={'state': {}, 'param_groups': []})), (1, dict(optimizer={})),
+    (1, 'step'), (1, 'exp_avg')])
+def test_a_checkpoint_with_an_odd_field_is_refused_by_all_who_read_it(call, place, users, changes):
+    saved = load_checkpoint('out/ckpt.pt')
+    if isinstance(changes, str):
+        entry = next(entry for entry in saved['optimizer']['state'].values() if changes in entry)
+        entry[changes] = torch.ones(3)
+        changes = {}
+    torch.save(saved | changes, 'out/ckpt.pt')
+    os.remove('out/best.pt')
+    for command in [('train.py', '--resume', '--max_iters=50'), ('train.py', 'tiny.py', '--init_from=out/ckpt.pt',
+                    '--out_dir=other'), ('sample.py',)][:users]:
+        assert call(*command, status=2)[1].count('\n') == 1
+    assert not Path('other').exists() and len(log_of(place / 'out')) == 40
+
+def test_a_row_of_the_log_that_a_crash_cut_short_is_made_again(call, place):
+    with open('out/log.csv', 'a') as file:
+        file.write('41,2.5,1.2')
+    call('train.py', '--resume', '--max_iters=42')
+    assert column(place / 'out', 'iter') == [*range(1, 43)]
 
 def test_starting_over_keeps_the_old_run(call, place):
     for i in range(2):
@@ -1004,17 +1091,40 @@ def test_two_and_four_processes_make_the_updates_of_one(call, shared, place, kin
         # once an update, at the last of its 4 or 2 micro-batches
         assert [Path(f'summed-{rank}').read_text() for rank in range(n)] == ['30'] * n
 
+DIES = TINY_RUN + """
+import os, signal, threading, time
+def die():
+    while not os.path.exists('2/ckpt.pt'):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+if (os.environ.get('RANK'), os.environ.get('TORCHELASTIC_RESTART_COUNT')) == ('1', '0'):
+    threading.Thread(target=die, daemon=True).start()
+"""
+
 @needs_gloo
-def test_two_processes_make_the_updates_of_one_and_one_goes_on_with_them(call, place):
-    flags = ['tiny.py', '--dropout=0', '--decay_lr=false', '--eval_interval=15']
-    call('train.py', *flags, '--max_iters=36', '--out_dir=one')
-    two = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *script('train.py')[1:], *flags]
-    run([sys.executable, *two, '--max_iters=30', '--out_dir=two'], place, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    call('train.py', '--resume', '--max_iters=36', '--out_dir=two')
-    assert column(place / 'two', 'iter') == list(range(1, 37))
-    for name in ('train_loss', 'grad_norm'):  # float32 sums in another order, grown over 36 updates
-        assert column(place / 'two', name) == pytest.approx(column(place / 'one', name), rel=2e-3)
-    assert column(place / 'two', 'val_loss')[:2] == pytest.approx(column(place / 'one', 'val_loss')[:2], rel=1e-3)
+def test_torchrun_restarts_a_run_and_its_sigterm_saves_it_for_one_process_or_four(call, shared, place):
+    Path('tiny.py').write_text(DIES)
+    flags = [*shared, '--max_iters=36', '--eval_interval=5']
+    call('train.py', *flags, '--out_dir=1')
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=1', HERE / 'train.py']
+    with (open('err', 'w') as err, subprocess.Popen([sys.executable, *command, *flags, '--out_dir=2', '--resume'],
+                                                    stdout=subprocess.PIPE, stderr=err, text=True) as process):
+        said = ''
+        for line in process.stdout:
+            said += line
+            if '/36 ' in line and said.count('start ') == 2:
+                process.terminate()
+                break
+        said += process.stdout.read()
+    assert 'failed (exitcode: -9) local_rank: 1' in Path('err').read_text()
+    assert [said.count(text) for text in ('start   guessing', 'start   from', 'saved   ')] == [1, 1, 1], said  # rank 0 alone
+    shutil.copytree('2', '4')
+    assert 'update ' in call('sample.py', '--out_dir=2', '--max_new_tokens=5')[1]
+    call('train.py', '--resume', '--out_dir=2')
+    train_as(4, '--resume', '--out_dir=4')
+    for n in '24':
+        assert_same_losses(place / '1', place / n)
+    assert not list(place.glob('2-*'))  # a restart puts nothing away
 
 def test_the_questions_end_in_a_config_file_that_runs(call, place):
     answers = ['tpu', 'cpu', 'plain', '2 2 32', '2 2 32 16', '40', 'mine', 'n']  # 1st and 4th are asked again
@@ -1122,12 +1232,12 @@ def test_equal_seeds_give_equal_text_and_no_seed_gives_other_text(call):
     texts = [call('sample.py', '--max_new_tokens=40', *flags)[0] for flags in (['--seed=3'], ['--seed=3'], [], [])]
     assert texts[0] == texts[1] and len(set(texts)) == 3
 
-def test_a_talk_keeps_its_context_and_answers_mistakes(place):
+def test_a_talk_keeps_its_context_and_answers_mistakes(call, place):
     typed = ['/temperature 0', '/tokens 20', 'The quick', '', '/top_p 7', '/tokens many', '/nonsense', '/info', 'é',
              '/reset', '/info', '/quit']
     out, err = run(script('sample.py', '--interactive'), place, input='\n'.join(typed))
     answers = [answer.rstrip('\n') for answer in out.split('\n> ')]
-    straight, _ = run(script('sample.py', '--temperature=0', '--max_new_tokens=40', '--start=\nThe quick'), place)
+    straight, _ = call('sample.py', '--temperature=0', '--max_new_tokens=40', '--start=\nThe quick')
     assert answers[3] + answers[4] == straight.rstrip('\n').removeprefix('\nThe quick')
     assert 'not an assistant' in err and 'top_p is 7' in answers[5] and 'many' in answers[6] and '/reset' in answers[7]
     assert '49 tokens' in answers[8] and "'\\xe9'" in answers[9] and '0 tokens' in answers[11]

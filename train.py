@@ -28,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import prepare
-from configurator import ask, configure, plain_errors, read_block, stop
-from model import GPT, GPTConfig, load_checkpoint, load_model, make_optimizer, presets, save_checkpoint
+from configurator import ask, configure, out_of_memory, plain_errors, read_block, stop
+from model import (GPT, GPTConfig, load_checkpoint, load_model, load_optimizer, make_optimizer, presets,
+                   save_checkpoint)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value
@@ -159,7 +160,8 @@ if interactive:
     interview()
 for low, high, names in (
     (1, 2**40, 'max_iters batch_size log_interval eval_interval'),
-    (0, 2**40, 'tokens_per_update eval_iters warmup_iters lr_decay_iters patience sample_interval threads seed'),
+    (0, 2**40, 'tokens_per_update eval_iters warmup_iters lr_decay_iters patience sample_interval seed'),
+    (0, 1024, 'threads'),
     (0, 10, 'learning_rate muon_learning_rate weight_decay'),
     (0, 1, 'cooldown'),
     (0, learning_rate, 'min_lr'),
@@ -243,8 +245,8 @@ if resume or init_from:
         stop(f'{source} and data/{dataset} have different tokenizers: '
              f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
     for name in ('mlp_ratio', 'bias', 'model_preset', 'optimizer') if resume else ():
-        if config[name] != saved['config'][name]:
-            stop(f'{name} is {saved["config"][name]} in {source} and cannot become {config[name]}')
+        if config[name] != saved['config'].get(name):
+            stop(f'{name} is {saved["config"].get(name)} in {source} and cannot become {config[name]}')
     if resume and 'optimizer' not in saved:
         stop(f'{source} has no optimizer state (a copy of best.pt?): --init_from={source} starts a new run from its weights')
     if resume and saved['dataset_sha256'] != data.meta['sha256']:
@@ -264,17 +266,14 @@ for split, tokens in (('train', data.train), ('val', data.val)):
 torch.manual_seed(seed)
 with plain_errors():
     model = load_model({**saved, 'model_config': asdict(gpt_config)}) if resume or init_from else GPT(gpt_config)
-model.to(device)
+    model.to(device)
 optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay,
                            hardware.fused_adamw(device))
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
 if resume:
-    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
     with plain_errors():
-        optimizer.load_state_dict(saved['optimizer'])
-    for group, options in zip(optimizer.param_groups, wanted):  # this run's, where they were changed
-        group.update(options)
+        load_optimizer(optimizer, saved['optimizer'])
     if saved['scaler']:
         scaler.load_state_dict(saved['scaler'])
     step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
@@ -353,18 +352,29 @@ def training_batches():
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
 
+def last_words(error=None):
+    """What is left when the run ends at an error, and for memory what to do about it."""
+    least = f'weights, gradients and optimizer alone take up to {16 * raw_model.n_params() / 2**30:.2f} GiB'
+    hint = (f', at micro-batches of {batch_size} x {block_size}; {least}. Try a smaller batch_size, block_size or model, or '
+            '--gradient_checkpointing') * out_of_memory(error)
+    return hint + (f'; {ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else '; there is no checkpoint yet')
+
+
+@plain_errors(last_words)
 @torch.no_grad()
 def evaluate():
-    """Mean loss per token of the validation split, each process reading its share."""
+    """Mean loss per token of the validation split, each process reading its share, in batches that take less memory than
+    an update of micro-batches of batch_size."""
     raw_model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-    rows = max(2 * batch_size, 4096 // block_size)
+    rows, fit = (max(2 * size, 4096 // block_size) for size in (config['batch_size'], batch_size))
     every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
-    for x, y in itertools.islice(every_batch, rank, None, world_size):
-        with hardware.autocast(device, dtype):
-            loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
-        n = (y != -1).sum().item()
-        total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+    for batch in itertools.islice(every_batch, rank, None, world_size):
+        for x, y in zip(*(part.split(fit) for part in batch)):
+            with hardware.autocast(device, dtype):
+                loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
+            n = (y != -1).sum().item()
+            total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
     raw_model.train()
     if world_size > 1:
         total = total.to(device, torch.float32)
@@ -382,8 +392,7 @@ def state(**more):
 
 
 def not_finite(at, what):
-    kept = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {kept}. '
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped{last_words()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 
@@ -449,16 +458,17 @@ if eval_only:
 writing = master and not dry_run
 if writing:
     with plain_errors():
-        if not resume and any(map(os.path.exists, (log_path, ckpt_path, best_path))):
-            kept = next(name for i in itertools.count(1) if not os.path.exists(name := f'{out_dir.rstrip("/")}-{i}'))
-            os.rename(out_dir, kept)
-            print(f'kept    the run that was in {out_dir} is in {kept} now')
         os.makedirs(out_dir, exist_ok=True)
         # ckpt.pt with the optimizer, another written aside, best.pt
         needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
         if needed > free:
             stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
                  'free some, or take another --out_dir')
+        if not resume and any(map(os.path.exists, (log_path, ckpt_path, best_path))):
+            kept = next(name for i in itertools.count(1) if not os.path.exists(name := f'{out_dir.rstrip("/")}-{i}'))
+            os.rename(out_dir, kept)
+            os.mkdir(out_dir)
+            print(f'kept    the run that was in {out_dir} is in {kept} now')
         rows = []
         if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
             with open(log_path, encoding='utf-8', newline='') as file:
@@ -516,13 +526,10 @@ while step < max_iters and not stopped_early and not interrupted:
                 micro_loss = model(x, y, return_logits=False)[1] / n_micro
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|can't allocate", str(error))):
-            raise
-        if batch_size == 1 or world_size > 1:
-            least = 16 * raw_model.n_params() / 2**30
-            sys.exit(f'out of memory at micro-batches of {batch_size} x {block_size}: weights, gradients and optimizer alone '
-                     f'take {least:.2f} GiB. Try a smaller batch_size, block_size or model, or --gradient_checkpointing')
+    except (OSError, RuntimeError, MemoryError) as error:
+        if batch_size == 1 or world_size > 1 or not out_of_memory(error):
+            with plain_errors(last_words):
+                raise
         smaller = batch_size // 2 if batch_size % 2 == 0 else 1
         n_micro, batch_size = n_micro * batch_size // smaller, smaller
         say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
@@ -531,11 +538,12 @@ while step < max_iters and not stopped_early and not interrupted:
         batches = training_batches()
         continue
 
-    # step
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    # step; smaller micro-batches would not make it smaller, and half of one must not be saved
+    with plain_errors(last_words):
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     step += 1
     tokens_seen += tokens_per_update
@@ -555,11 +563,10 @@ while step < max_iters and not stopped_early and not interrupted:
     seconds = (time.time() - logged_at) / (step - logged_step)
     speed = tokens_per_update / seconds
     mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-    left = clock((max_iters - step) * seconds)
-    since = elapsed + time.time() - began
-    row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+    row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
     say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
-        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  {left} left', flush=True)
+        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+        f'{clock((max_iters - step) * seconds)} left', flush=True)
     if dry_run and step - first_step >= 2 * log_interval:
         break
     if evaluating and not dry_run:
@@ -576,9 +583,12 @@ while step < max_iters and not stopped_early and not interrupted:
 
     # save
     if writing:
-        with plain_errors():
+        with plain_errors(last_words):
             with open(log_path, 'a', encoding='utf-8', newline='') as file:
                 csv.writer(file).writerow(row)
+                file.flush()
+                if evaluating or interrupted:  # the rows last as long as the checkpoint
+                    os.fsync(file.fileno())
             if evaluating and better:
                 save_checkpoint(best_path, state())
             if evaluating or interrupted:
