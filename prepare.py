@@ -446,7 +446,8 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     fits = [preset for preset, millions in PRESETS.items() if 20 * millions <= 4 * n_train / 1e6]
     print(f'{folder}: {text.characters:,} characters, {len(text.distinct):,} of them distinct\n'
           f'tokenizer {coder.kind}; vocabulary {coder.vocab_size:,}\n'
-          f'{len(shards):,} tokens of {text.characters / len(shards):.2f} characters: train {n_train:,}, val {len(val):,}')
+          f'{len(shards):,} tokens ({text.characters / len(shards):.2f} characters each): '
+          f'train {n_train:,}, val {len(val):,}')
     if odd:
         print('kept as they are:', ascii(''.join(odd[:20])), 'and more' * (len(odd) > 20))
     print(f'feeds --model_preset={fits[-1]} (20 tokens a parameter, in up to 4 epochs)' if fits else
