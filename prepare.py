@@ -9,7 +9,7 @@ Text in, tokens out, and batches read back from there: data/NAME/ with train.bin
 
 Every text round-trips exactly, line ends and byte order marks too; what is not UTF-8 is refused. Between documents
 (files, rows) stands the end-of-text token, or a newline where characters are the tokens. Memory stays bounded however
-long the text is: about 150 MB and 30 MB for each core, over what PyTorch takes to import.
+long the text is.
 """
 import base64
 import codecs
@@ -25,10 +25,9 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import regex  # comes with tiktoken
@@ -56,7 +55,8 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 END_OF_TEXT = '<|endoftext|>'
 PIECE = 1 << 20              # bytes read, and characters encoded, at a time
 SMALL = 4                    # pieces: up to here 'auto' considers the char tokenizer
-SAMPLE = 32                  # pieces that bpe is trained on, from the beginning of each source
+SAMPLE = 32                  # pieces that bpe is trained on, from the beginning of each source,
+DISTINCT = 2 << 20           # or fewer: characters in the distinct words there, which memory and time depend on
 SHARD = 400                  # pieces in a file: about 100 million tokens of bpe; an interrupted run keeps whole files
 VAL_MAX = 10_000_000         # tokens: more makes an evaluation slower, not better
 CHECKED = 30_000_000         # tokens: up to here load_dataset verifies each
@@ -73,24 +73,25 @@ class Tokenizer:
     """Text <-> ids, from the plain dict in meta.json and in checkpoints; ValueError if that is malformed."""
 
     def __init__(self, meta):
+        self.end_of_text = None
         try:
             self.kind = meta['kind']
             if self.kind == 'char':
-                self.table, special, needed = [c.encode() for c in meta['chars']], {}, set()  # id -> bytes
+                self.table, needed = [c.encode() for c in meta['chars']], set()  # id -> bytes
                 self.ids = {c: i for i, c in enumerate(meta['chars'])}
             else:
                 self.table = [base64.b64decode(token, validate=True) for token in meta['ranks']]
-                special, needed = dict(meta['special']), {bytes([b]) for b in range(256)}
-                self.bpe = tiktoken.Encoding(self.kind, pat_str=meta['pattern'], special_tokens=special,
-                                             mergeable_ranks={token: i for i, token in enumerate(self.table)})
+                self.end_of_text, needed = len(self.table), {bytes([b]) for b in range(256)}
+                self.bpe = tiktoken.Encoding(self.kind, pat_str=meta['pattern'],
+                                             mergeable_ranks={token: i for i, token in enumerate(self.table)},
+                                             special_tokens={END_OF_TEXT: self.end_of_text})
             distinct = set(self.table)
-            if not distinct or len(distinct) < len(self.table) or not needed <= distinct \
-                    or special not in ({}, {END_OF_TEXT: len(self.table)}):
+            if not distinct or len(distinct) < len(self.table) or not needed <= distinct:
                 raise ValueError('tokens are missing, or there twice')
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f'the tokenizer is malformed ({type(error).__name__}: {error})') from None
-        self.end_of_text = special.get(END_OF_TEXT)
-        self.table += [token.encode() for token in special]
+        if self.end_of_text is not None:
+            self.table.append(END_OF_TEXT.encode())
         self.vocab_size = len(self.table)
         self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
 
@@ -120,45 +121,55 @@ def train_bpe(counts, size):
     """
     words = [[bytes([b]) for b in word.encode()] for word in counts]
     times = list(counts.values())
-    tokens = {bytes([b]): None for b in range(256)}             # an ordered set
-    pairs, where, changed = Counter(), defaultdict(set), set()  # merged bytes -> how often, and in which words
-
-    def count(i, sign):
-        for a, b in zip(words[i], words[i][1:]):
-            pairs[a + b] += sign * times[i]
-            where[a + b].add(i)
-            changed.add(a + b)
-
-    for i in range(len(words)):
-        count(i, 1)
-    heap = [(-pairs[pair], pair) for pair in changed]
+    tokens = {bytes([b]): None for b in range(256)}     # an ordered set
+    pairs, where = Counter(), defaultdict(list)         # merged bytes -> how often, and in which words
+    for i, word in enumerate(words):
+        for a, b in zip(word, word[1:]):
+            pairs[a + b] += times[i]
+            where[a + b].append(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
     while heap and heap[0][0] < -1 and len(tokens) < size:  # what occurs once is not worth a token
-        n, pair = heapq.heappop(heap)
+        n, pair = heap[0]
         if -n != pairs[pair]:  # the count has changed since
+            heapq.heapreplace(heap, (-pairs[pair], pair))
             continue
+        heapq.heappop(heap)
         tokens[pair] = None
-        changed.clear()
-        for i in where.pop(pair):
-            count(i, -1)
-            rest, words[i] = iter(zip(words[i], [*words[i][1:], b''])), []
-            for a, b in rest:
-                words[i].append(pair if a + b == pair else a)
-                if a + b == pair and b:
-                    next(rest)
-            count(i, 1)
-        for pair in changed:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
+        grown = set()
+        for i in set(where.pop(pair)):
+            word = words[i]
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] -= times[i]
+            for j in range(len(word)):
+                if b''.join(word[j:j + 2]) == pair:
+                    word[j:j + 2] = [pair]
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] += times[i]
+                if pair in (a, b):
+                    where[a + b].append(i)
+                    grown.add(a + b)
+        for other in grown:
+            heapq.heappush(heap, (-pairs[other], other))
     return list(tokens)
+
+
+def count_words(parts):
+    """Words of a sample, from the beginning of each source, and how many characters that is."""
+    counts, read, share = Counter(), 0, max(SAMPLE // len(parts), 1)
+    for piece in (piece for part in parts for piece in itertools.islice(stream([part], '\n'), share)):
+        for _, text in piece:
+            counts.update(word[:64] for word in regex.findall(PATTERN, text))
+            read += len(text)
+        if read >= SAMPLE * PIECE or sum(map(len, counts)) > DISTINCT:
+            break
+    return counts, read
 
 
 def make_tokenizer(kind, vocab_size, parts):
     """-> the tokenizer's meta"""
-    if kind not in ('auto', 'char', 'bpe', 'gpt2'):
-        return load_tokenizer(kind)
     if kind in ('auto', 'char'):
-        pieces = stream(parts, '\n') if kind == 'char' else itertools.islice(stream(parts, '\n'), SMALL + 1)
+        pieces = itertools.islice(stream(parts, '\n'), None if kind == 'char' else SMALL + 1)
         alphabets = [set().union(*(text for _, text in piece)) for piece in pieces]
         chars = set().union(*alphabets)
         if kind == 'char' or len(alphabets) <= SMALL and len(chars) <= 256:
@@ -170,30 +181,19 @@ def make_tokenizer(kind, vocab_size, parts):
             raise ConnectionError("GPT-2's vocabulary can't be downloaded: set TIKTOKEN_CACHE_DIR to a folder with it, "
                                   'or use --tokenizer=bpe') from None
         tokens = [gpt2.decode_single_token_bytes(i) for i in range(50256)]
-    else:
-        counts, read, share = Counter(), 0, max(SAMPLE // len(parts), 1)
-        for piece in (piece for part in parts for piece in itertools.islice(stream([part], '\n'), share)):
-            for _, text in piece:
-                counts.update(regex.findall(PATTERN, text))
-                read += len(text)
-            if read >= SAMPLE * PIECE:
-                break
+    elif kind in ('auto', 'bpe'):
+        counts, read = count_words(parts)
         print(f'training a vocabulary of {vocab_size:,} on {read:,} characters ...', flush=True)
-        tokens = train_bpe(Counter({word[:64]: n for word, n in counts.items()}), vocab_size - 1)
+        tokens, kind = train_bpe(counts, vocab_size - 1), 'bpe'
+    else:
+        try:
+            is_file = os.path.isfile(kind)
+            return (torch.load(kind, 'cpu', weights_only=True) if is_file else load_dataset(kind).meta)['tokenizer']
+        except Exception as error:  # what is no checkpoint fails in many ways
+            raise ValueError(f'--tokenizer={kind}: not auto, char, bpe or gpt2, a checkpoint or a prepared data set '
+                             f'({type(error).__name__})') from None
     ranks = [base64.b64encode(token).decode() for token in tokens]
-    return {'kind': 'gpt2' if kind == 'gpt2' else 'bpe', 'pattern': PATTERN, 'ranks': ranks,
-            'special': {END_OF_TEXT: len(ranks)}}
-
-
-def load_tokenizer(source):
-    """The tokenizer of a checkpoint or of a prepared data set, for text that a trained model shall go on with."""
-    try:
-        if os.path.isfile(source):
-            return torch.load(source, map_location='cpu', weights_only=True)['tokenizer']
-        return load_dataset(source).meta['tokenizer']
-    except Exception as error:  # what is no checkpoint fails in many ways
-        raise ValueError(f'--tokenizer={source}: not auto, char, bpe or gpt2, a checkpoint or a prepared data set '
-                         f'({type(error).__name__})') from None
+    return {'kind': kind, 'pattern': PATTERN, 'ranks': ranks, 'special': {END_OF_TEXT: len(ranks)}}
 
 
 # -----------------------------------------------------------------------------
@@ -205,81 +205,81 @@ def printable(text):
                   lambda match: match[0].encode('unicode_escape').decode(), text)
 
 
-@contextmanager
-def whole(path):
-    """A file to write, which gets its name when all of it is on the disk."""
+def write(path, chunks):
+    """Chunks of bytes -> a file, which gets its name when all of it is on the disk."""
     part = path.with_name(f'{path.name}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, 'w+b') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part, 'wb') as file:
+        file.writelines(chunks)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
-def progress(what, total):
-    """-> a function to call with the bytes done so far, which prints them now and then, and the time left."""
-    began = shown = time.time()
-
-    def show(done):
-        nonlocal shown
-        if time.time() - shown > 5:
-            shown = time.time()
-            seconds = (total - done) * (shown - began) / max(done, 1)
-            left = f' of {total / 1e6:,.0f}, {seconds:,.0f} s left' if total else ''
-            print(f'{what}: {done / 1e6:,.0f} MB{left}', flush=True)
-    return show
-
-
-def stay_secure(response, **_):
-    target = urljoin(response.url, response.headers.get('location', ''))
-    if response.is_redirect and response.url.startswith('https:') and not target.startswith('https:'):
-        raise ValueError(f'{response.url} leads from https to {target}: not followed')
+def fetch(url, part, version):
+    """One request for what is missing in the file `part`, of the same version (ETag) as what is there, else for all."""
+    import requests  # here, because it takes 60 ms, and sample.py does without
+    etag = version.read_text('utf-8') if part.exists() and version.exists() else ''
+    done = part.stat().st_size if etag else 0
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={done}-', 'If-Range': etag} if done else {})
+    with requests.Session() as session:
+        if url.startswith('https:'):
+            del session.adapters['http://']  # so that no redirect leads there: InvalidSchema
+        with session.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
+            if reply.status_code == 416:  # no such range: nothing is missing, or that version is gone
+                version.unlink()
+            if reply.status_code in (416, 429) or reply.status_code >= 500:
+                raise requests.RequestException(f'it answered {reply.status_code}')
+            if reply.status_code == 200:
+                done = 0
+            elif not reply.headers.get('content-range', '').startswith(f'bytes {done}-'):
+                raise ValueError(f'{url} answered {reply.status_code} {reply.reason}')
+            total, fresh, began = done + int(reply.headers.get('content-length', -done)), 0, time.time()
+            print(f'fetching {url} ({total / 1e6:,.1f} MB)' if total else f'fetching {url}', flush=True)
+            with open(part, 'ab' if done else 'wb') as file:  # emptied before it counts as another version
+                version.write_text(reply.headers.get('etag', ''), 'utf-8')
+                while max(done + fresh, total) <= DOWNLOAD_LIMIT and (block := reply.raw.read1(1 << 16)):
+                    fresh += file.write(block)
+                    if fresh < 1000 * (time.time() - began - PATIENCE):
+                        raise requests.RequestException('it sends less than 1 kB a second')
+                os.fsync(file.fileno())
+            if max(done + fresh, total) > DOWNLOAD_LIMIT:
+                part.unlink()
+                version.unlink()
+                raise ValueError(f'{url} is larger than the limit of {DOWNLOAD_LIMIT:,} bytes')
 
 
 def download(url, path, sha256=''):
-    """url -> path, whole or not at all. ConnectionError where the network is at fault, else ValueError."""
-    import requests  # here, because it takes 60 ms, and sample.py does without
+    """url -> path, whole or not at all. ConnectionError where the network is at fault, else ValueError.
+
+    What was interrupted stays in NAME.part, and its version in NAME.etag: the next attempt goes on from there, be it of
+    this process or of a later one.
+    """
+    import requests
     from urllib3.exceptions import HTTPError
-    etag = None  # the version that the file holds the beginning of
-    with whole(path) as file:
-        for wait in (*RETRY_WAITS, None):
-            headers = {'Range': f'bytes={file.tell()}-', 'If-Range': etag} if etag and file.tell() else {}
-            try:
-                with requests.get(url, headers={'Accept-Encoding': 'identity', **headers}, stream=True, timeout=(3, 30),
-                                  hooks={'response': stay_secure}) as reply:
-                    if reply.status_code == 429 or reply.status_code >= 500:
-                        raise requests.RequestException(f'it answered {reply.status_code}')
-                    if reply.status_code == 200:  # all of it, from the beginning
-                        file.seek(0)
-                        file.truncate()
-                    elif not reply.headers.get('content-range', '').startswith(f'bytes {file.tell()}-'):
-                        raise ValueError(f'{url} answered {reply.status_code} {reply.reason}')
-                    etag, start, began = reply.headers.get('etag'), file.tell(), time.time()
-                    total = start + int(reply.headers.get('content-length', -start))
-                    show = progress('fetching', total)
-                    while max(file.tell(), total) <= DOWNLOAD_LIMIT and (block := reply.raw.read1(1 << 16)):
-                        file.write(block)
-                        show(file.tell())
-                        if file.tell() - start < 1000 * (time.time() - began - PATIENCE):
-                            raise requests.RequestException('it sends less than 1 kB a second')
-                break
-            except (requests.RequestException, HTTPError) as error:
-                if isinstance(error, ValueError):  # an address that no attempt will mend
-                    raise
-                if wait is None or isinstance(error, requests.ConnectTimeout):
-                    why = error if type(error) is requests.RequestException else 'the connection failed'
-                    raise ConnectionError(f'{url} cannot be downloaded ({why}): try again, or put the text at {path}'
-                                          ) from None
-                time.sleep(wait)
-        if max(file.tell(), total) > DOWNLOAD_LIMIT:
-            raise ValueError(f'{url} is larger than the limit of {DOWNLOAD_LIMIT:,} bytes')
-        file.flush()
-        if sha256 and hash_files(file.name) != sha256:
-            raise ValueError(f'{url} sent another text than expected (its sha256 is not {sha256[:12]}...)')
+    part, version = (path.with_name(path.name + suffix) for suffix in ('.part', '.etag'))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for wait in (*RETRY_WAITS, None):
+        try:
+            fetch(url, part, version)
+            break
+        except (requests.RequestException, HTTPError) as error:
+            if isinstance(error, ValueError):  # an address that no attempt will mend
+                raise
+            if wait is None or isinstance(error, requests.ConnectTimeout):
+                why = error if type(error) is requests.RequestException else 'the connection failed'
+                raise ConnectionError(f'{url} cannot be downloaded ({why}): try again, or put the text at {path}'
+                                      ) from None
+            time.sleep(wait)
+    version.unlink()
+    if sha256 and hash_files(part) != sha256:
+        part.unlink()
+        raise ValueError(f'{url} sent another text than expected (its sha256 is not {sha256[:12]}...)')
+    os.replace(part, path)
+
+
+def sha256_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_files(*paths):
@@ -296,21 +296,17 @@ def find_parts(source, folder):
     path = Path(source)
     if source.startswith('hf:'):
         return [source]
-    if source in DOWNLOADS:
-        path, (url, sha256) = DATA / source / 'input.txt', DOWNLOADS[source]
-        if not path.exists():
-            download(url, path, sha256)
-        elif hash_files(path) != sha256:
-            print(f'{path} is not the usual text of that name (another sha256), and is taken as it is')
-    elif source == 'pydoc':
+    if source == 'pydoc':
         from pydoc_data.topics import topics
         path = DATA / source / 'input.txt'
-        with whole(path) as file:
-            file.write(('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode())
-    elif source.startswith(('http://', 'https://')):
-        path = folder / f'{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt'
+        write(path, [('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode()])
+    elif source in DOWNLOADS or source.startswith(('http://', 'https://')):
+        url, sha256 = DOWNLOADS.get(source, (source, ''))
+        path = DATA / source / 'input.txt' if sha256 else folder / f'{sha256_of(url)[:16]}.txt'
         if not path.exists():
-            download(source, path)
+            download(url, path, sha256)
+        elif sha256 and hash_files(path) != sha256:
+            print(f'{path} is not the usual text of that name (another sha256), and is taken as it is')
     elif path.is_dir():
         found = [p for p in sorted(path.rglob('*')) if p.is_file() and '/.' not in f'/{p.relative_to(path).as_posix()}']
         texts = [p for p in found if b'\0' not in open(p, 'rb').read(4096)]
@@ -410,55 +406,48 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     if not any(isinstance(part, str) or part.stat().st_size for part in parts):
         raise ValueError(f'{", ".join(sources)}: no text in there')
     versions = [(str(part), isinstance(part, Path) and part.stat().st_mtime) for part in parts]
-    key = hashlib.sha256(repr((versions, tokenizer, vocab_size, max_mb)).encode()).hexdigest()
-    new = folder / f'new-{key[:8]}'
+    new = folder / f'new-{sha256_of(repr((versions, tokenizer, vocab_size, max_mb)))[:8]}'
     record = new / 'tokenizer.json'
     if not record.exists():
         for unfinished in folder.glob('new-*'):
             shutil.rmtree(unfinished)
-        made = make_tokenizer(tokenizer, vocab_size, parts)
-        with whole(record) as file:
-            file.write(json.dumps(made).encode())
+        write(record, [json.dumps(make_tokenizer(tokenizer, vocab_size, parts)).encode()])
     meta = {'sources': sources, 'tokenizer': json.loads(record.read_text('utf-8'))}
     coder = Tokenizer(meta['tokenizer'])
     text = write_shards(parts, coder, new, max_mb)
 
     record.unlink()  # from here on the shards are changed: the end of the last ones becomes val.bin
-    shards, begin, val = sorted(new.glob('train_*.bin')), 0, []
-    total = sum(path.stat().st_size for path in shards) // coder.dtype.itemsize
-    n_train = max(int(total * (1 - val_fraction)), total - VAL_MAX)
-    if len(text.distinct) < 2 or min(n_train, total - n_train) < 2:
+    shards = Tokens(sorted(new.glob('train_*.bin')), coder.dtype)
+    n_train = max(int(len(shards) * (1 - val_fraction)), len(shards) - VAL_MAX)
+    if len(text.distinct) < 2 or min(n_train, len(shards) - n_train) < 2:
         shutil.rmtree(new)
         raise ValueError(f'{", ".join(sources)}: too little to learn from: {text.characters:,} characters, '
-                         f'{len(text.distinct)} of them distinct, {n_train:,} + {total - n_train:,} tokens')
-    for path in shards:
-        size = path.stat().st_size
-        kept = min(max(n_train * coder.dtype.itemsize - begin, 0), size)  # bytes
+                         f'{len(text.distinct)} of them distinct, {n_train:,} + {len(shards) - n_train:,} tokens')
+    val = []
+    for path, end in zip(shards.paths, shards.ends):
+        kept = max(path.stat().st_size - max(end - n_train, 0) * coder.dtype.itemsize, 0)
         val.append(np.fromfile(path, coder.dtype, offset=kept))
         os.truncate(path, kept) if kept else path.unlink()
-        begin += size
-    if len(shards) == 1:
-        shards[0].rename(new / 'train.bin')
+    if len(shards.paths) == 1:
+        shards.paths[0].rename(new / 'train.bin')
     val = np.concatenate(val)
-    with whole(new / 'val.bin') as file:
-        file.write(val.tobytes())
-    times = enumerate(np.bincount(val).tolist())
-    val_bytes = sum(n * len(coder.table[id]) for id, n in times if id != coder.end_of_text)
+    write(new / 'val.bin', [val])
+    val_bytes = sum(n * len(coder.table[id]) for id, n in enumerate(np.bincount(val)) if id != coder.end_of_text)
     meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name, 'characters': text.characters,
              'tokens': {'train': n_train, 'val': len(val)},
-             'bytes': {'train': text.bytes - val_bytes, 'val': val_bytes},
+             'bytes': {'train': text.bytes - int(val_bytes), 'val': int(val_bytes)},
              'source_sha256': text.sha.hexdigest(),
              'sha256': hash_files(*sorted(new.glob('train*.bin')), new / 'val.bin')}
-    with whole(new / 'meta.json') as file:
-        file.write(json.dumps(meta).encode())
+    write(new / 'meta.json', [json.dumps(meta).encode()])
     new.rename(folder / 'ready')
     put_in_place(folder)
 
     odd = sorted(c for c in text.distinct if not c.isprintable() and c not in '\t\n' or c == '\ufffd')
     fits = [preset for preset, millions in PRESETS.items() if 20 * millions <= 4 * n_train / 1e6]
-    print(f'{folder}: {text.characters:,} characters, {len(text.distinct):,} of them distinct -> {total:,} tokens\n'
-          f'tokenizer {coder.kind}; vocabulary {coder.vocab_size:,}; {text.characters / total:.2f} characters a token\n'
-          f'train {n_train:,} tokens, val {len(val):,}')
+    print(f'{folder}: {text.characters:,} characters, {len(text.distinct):,} of them distinct\n'
+          f'tokenizer {coder.kind}; vocabulary {coder.vocab_size:,}\n'
+          f'{len(shards):,} tokens ({text.characters / len(shards):.2f} characters each): '
+          f'train {n_train:,}, val {len(val):,}')
     if odd:
         print('kept as they are:', ascii(''.join(odd[:20])), 'and more' * (len(odd) > 20))
     print(f'feeds --model_preset={fits[-1]} (20 tokens a parameter, in up to 4 epochs)' if fits else
@@ -473,22 +462,16 @@ def write_shards(parts, coder, new, max_mb):
     The text of shards that are whole already is only read: that is quick, and the numbers come out the same.
     """
     seen = SimpleNamespace(characters=0, bytes=0, distinct=set(), sha=hashlib.sha256())
-    done = len(list(new.glob('train_*.bin')))
-    files = [part for part in parts if isinstance(part, Path)]
-    show = progress('tokenizing', sum(path.stat().st_size for path in files) if len(files) == len(parts) else 0)
-    separator = '\n' if coder.end_of_text is None else None
 
     def read():
-        for i, piece in enumerate(itertools.islice(stream(parts, separator), max_mb or None)):
+        for piece in itertools.islice(stream(parts, '\n' if coder.end_of_text is None else None), max_mb or None):
             text = ''.join(text or '' for _, text in piece)
             data = text.encode()
             seen.sha.update(data)
             seen.distinct.update(text)
             seen.characters += len(text)
             seen.bytes += len(data)
-            show(seen.bytes)
-            if i >= done * SHARD:
-                yield piece
+            yield piece
 
     def encode(piece):
         ids = []
@@ -499,10 +482,11 @@ def write_shards(parts, coder, new, max_mb):
                 raise ValueError(f'{part}: {error}') from None
         return b''.join(ids)
 
-    numbered = enumerate(in_order(encode, read(), os.cpu_count() or 1), done * SHARD)
-    for i, shard in itertools.groupby(numbered, lambda pair: pair[0] // SHARD):
-        with whole(new / f'train_{i:05d}.bin') as file:
-            file.writelines(data for _, data in shard)
+    for i, numbered in itertools.groupby(enumerate(read()), lambda pair: pair[0] // SHARD):
+        path = new / f'train_{i:05d}.bin'
+        if not path.exists():
+            write(path, in_order(encode, (piece for _, piece in numbered), os.cpu_count() or 1))
+            print(f'{path}: {seen.bytes / 1e6:,.0f} MB of text so far', flush=True)
     return seen
 
 
@@ -523,30 +507,23 @@ def put_in_place(folder):
 # data/NAME/ -> batches
 
 class Tokens:
-    """One stream of ids over memory-mapped files, mapped anew now and then: pages once read would count as memory."""
+    """One stream of ids over files, which are mapped anew for each read: pages once read would count as memory."""
 
     def __init__(self, paths, dtype):
         self.paths, self.dtype = paths, dtype
-        self.map()
-        self.ends = np.cumsum([len(ids) for ids in self.maps])
-
-    def map(self):
-        self.maps, self.rows_read = [np.memmap(path, self.dtype, 'r').view(np.ndarray) for path in self.paths], 0
+        self.ends = np.cumsum([os.path.getsize(path) // dtype.itemsize for path in paths])
 
     def __len__(self):
         return int(self.ends[-1])
 
     def read(self, starts, length):
         """(N,) int64 -> (N, length) int64; a window may lie across files."""
-        self.rows_read += len(starts)
-        if self.rows_read > 1024:
-            self.map()
         at = starts[:, None] + np.arange(length)        # (N, length)
         file = np.searchsorted(self.ends, at, 'right')  # (N, length)
         ids = np.empty(at.shape, np.int64)
         for i in np.flatnonzero(np.bincount(file.ravel())):
             here = file == i
-            ids[here] = self.maps[i][at[here] - self.ends[i]]  # negative: counted from the file's end
+            ids[here] = np.memmap(self.paths[i], self.dtype, 'r')[at[here] - self.ends[i]]  # from the file's end
         return ids
 
 
@@ -651,10 +628,6 @@ def show_info(name):
     for title, start in ('first', 0), ('a random', rng.integers(len(data.train) - length + 1)):
         passage = coder.decode(data.train.read(np.array([start]), length)[0])
         print(f'\n--- {title} passage, from token {start:,}\n{printable(passage)}')
-    title, tokens = 'characters', coder.table[:2000]
-    if coder.kind != 'char':
-        title, tokens = 'longest tokens', sorted(coder.table[:coder.end_of_text], key=len)[:-31:-1]
-    print(f'\n--- {title}\n' + '  '.join(repr(printable(token.decode('utf-8', 'replace'))) for token in tokens))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ or in parts side by side, each with moments of its own: KILLS=50 PART=1 python -
 """
 import csv
 import gc
+import io
 import itertools
 import json
 import math
@@ -298,6 +299,18 @@ def test_documents_are_separated(data_dir, tokenizer, between):
     decoded = Tokenizer(data.meta['tokenizer']).decode(data_ids(data))
     assert decoded == between.join(['A quick fox', 'The dog', 'A quick fox'])
 
+def test_rows_of_a_hugging_face_data_set_are_documents(data_dir, monkeypatch):
+    def load(name, split, streaming):
+        assert (name, split, streaming) == ('owner/tales', 'train', True)
+        return iter([{'id': 1, 'tale': 'A quick fox'}, {'id': 2, 'tale': 'The dog'}])
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load))
+    data = load_dataset(prepare.prepare('hf:owner/tales:tale', tokenizer='bpe'))
+    assert Tokenizer(data.meta['tokenizer']).decode(data_ids(data)) == 'A quick fox<|endoftext|>The dog'
+    assert data.meta['sources'] == ['hf:owner/tales:tale'] and Path('data/tales/meta.json').exists()
+    assert 'hf:owner/tales:COLUMN with one of id, tale' in data_refusal(prepare.prepare, 'hf:owner/tales')
+    monkeypatch.setitem(sys.modules, 'datasets', None)  # not installed
+    assert 'pip install datasets' in data_refusal(prepare.prepare, 'hf:owner/tales:tale', name='other')
+
 @pytest.mark.parametrize('text, expected', [
     (b'', 'no text'), (b'aaaa' * 99, 'too little'), (b'abc', 'too little'), ('abc'.encode('utf-16'), 'offset 0'),
     (b'x' * 70 + b'\xff' + b'y' * 70, 'in.txt is not UTF-8 text (byte 0xff at offset 70)'),
@@ -454,14 +467,44 @@ def test_a_bad_server_leaves_no_file(data_server, monkeypatch, error, last, expe
     data_server[1].append(last)
     with pytest.raises(error, match=expected):
         prepare.download(data_server[0], Path('a.txt'), '0' * 64)
-    assert os.listdir() == []
+    assert os.listdir() == [] if error is ValueError else not Path('a.txt').exists()
 
-def test_no_redirect_leads_from_https_to_http():
-    answer = requests.Response()
-    answer.url, answer.status_code, answer.headers['location'] = 'https://a/b', 302, 'http://a/b'
-    assert 'not followed' in data_refusal(prepare.stay_secure, answer)
-    answer.headers['location'] = '/c'
-    prepare.stay_secure(answer)
+def test_a_killed_download_goes_on_in_the_next_process(data_server):
+    url, served, ranges = data_server
+    text = SERVED * 50
+
+    def rest(request):
+        begin = int(request.headers['Range'][len('bytes='):-1])
+        data_reply(206, text[begin:], Content_Range=f'bytes {begin}-{len(text) - 1}/{len(text)}')(request)
+    served += [data_reply(body=text[:200_000], length=len(text), wait=9), rest]
+    part, code = Path('a.txt.part'), 'import pathlib, prepare; prepare.download(sys.argv[1], pathlib.Path("a.txt"))'
+    code = 'import sys; sys.modules["torch"] = sys; ' + code  # which would take seconds to import
+    with subprocess.Popen([sys.executable, '-c', code, url], env={**os.environ, 'PYTHONPATH': str(HERE)}) as process:
+        while not part.exists() or part.stat().st_size < 100_000:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert os.path.getsize(part) < len(text) and not Path('a.txt').exists()
+    prepare.download(url, Path('a.txt'))
+    assert Path('a.txt').read_bytes() == text and os.listdir() == ['a.txt']
+    assert len(ranges) == 2 and ranges[1][0] > 'bytes=1' and ranges[1][1] == '"1"'
+
+def test_a_download_killed_before_it_got_its_name_ends_well(data_server):
+    url, served, ranges = data_server
+    served += [data_reply(416, b''), data_reply()]
+    Path('a.txt.part').write_bytes(SERVED)
+    Path('a.txt.etag').write_text('"1"')
+    prepare.download(url, Path('a.txt'))
+    assert Path('a.txt').read_bytes() == SERVED and ranges[0] == (f'bytes={len(SERVED)}-', '"1"')
+
+def test_no_redirect_leads_from_https_to_http(data_server, monkeypatch):
+    def send(_, request, **options):
+        answer = requests.Response()
+        answer.url, answer.request, answer.raw = request.url, request, io.BytesIO()
+        answer.status_code, answer.headers['location'] = 302, data_server[0]
+        return answer
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, 'send', send)
+    assert data_server[0] in data_refusal(prepare.download, 'https://a/b', Path('a.txt'))
 
 # ----------------------------------------------------------------------------
 # model
