@@ -486,7 +486,8 @@ def write_shards(parts, coder, new, max_mb):
         path = new / f'train_{i:05d}.bin'
         if not path.exists():
             write(path, in_order(encode, (piece for _, piece in numbered), os.cpu_count() or 1))
-            print(f'{path}: {seen.bytes / 1e6:,.0f} MB of text so far', flush=True)
+        if i:  # a small text is quick
+            print(f'{seen.bytes / 1e6:,.0f} MB of text are tokens in {i + 1} files', flush=True)
     return seen
 
 
@@ -628,6 +629,10 @@ def show_info(name):
     for title, start in ('first', 0), ('a random', rng.integers(len(data.train) - length + 1)):
         passage = coder.decode(data.train.read(np.array([start]), length)[0])
         print(f'\n--- {title} passage, from token {start:,}\n{printable(passage)}')
+    title, tokens = 'characters', coder.table[:2000]
+    if coder.kind != 'char':
+        title, tokens = 'longest tokens', sorted(coder.table[:coder.end_of_text], key=len)[:-31:-1]
+    print(f'\n--- {title}\n' + '  '.join(repr(printable(token.decode('utf-8', 'replace'))) for token in tokens))
 
 
 if __name__ == '__main__':

@@ -721,7 +721,7 @@ def test_a_spoilt_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, m
 
 TEXT = 'The quick brown fox, 12 of them, jumps over the lazy dog.\n'
 TINY_RUN = """# 40 updates of two micro-batches; every third is an evaluation and a save
-dataset, device, compile, threads = 'plain', 'cpu', 'false', 1
+dataset, device, dtype, compile, threads = 'plain', 'cpu', 'float32', 'false', 1
 n_layer, n_head, n_kv_head, n_embd, block_size, dropout = 2, 2, 1, 32, 16, 0.1
 batch_size, tokens_per_update, max_iters, warmup_iters, cooldown = 4, 128, 40, 4, 0.5
 log_interval, eval_interval, eval_iters = 1, 3, 2
@@ -921,7 +921,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(call, place, mo
     rows = 0
     assert re.search(r'out of memory.* 1 x 16.* GiB.* no checkpoint yet', call('train.py', *flags, status=2)[1])
 
-@pytest.mark.parametrize('owner, name, flags', [(gpt, 'orthogonalize', []), (torch.optim.AdamW, 'step', []),
+@pytest.mark.parametrize('owner, name, flags', [(gpt, 'inverse_root', []), (torch.optim.AdamW, 'step', []),
                                                 (prepare, 'val_batches', []), (prepare, 'val_batches', ['--eval_only'])])
 @pytest.mark.parametrize('error, says', [(torch.OutOfMemoryError('of 9 GiB'), 'out of memory: of 9 GiB'),
                                          (FileNotFoundError(2, 'gone', 'val.bin'), 'val.bin: gone')])
@@ -1112,7 +1112,7 @@ def train_as(n, *flags):
 def assert_same_losses(one, other):
     """Of two runs whose float32 sums are in another order, which grows from update to update."""
     assert column(other, 'iter') == column(one, 'iter')
-    for name, rel in ('train_loss', 1e-3), ('val_loss', 1e-3), ('grad_norm', 2e-3):
+    for name, rel in ('train_loss', 1e-3), ('val_loss', 1e-3), ('grad_norm', 1e-2):
         assert column(other, name) == pytest.approx(column(one, name), rel=rel)
 
 @pytest.fixture
@@ -1120,8 +1120,7 @@ def shared(place):
     """Flags of a run that 1, 2 and 4 processes can share: without dropout, evaluations of three batches"""
     Path('long.txt').write_text(TEXT * 4000)
     prepare.prepare('long.txt')
-    return ['tiny.py', '--dataset=long', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--eval_interval=10', '--eval_iters=3',
-            '--dtype=float32']
+    return ['tiny.py', '--dataset=long', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--eval_interval=10', '--eval_iters=3']
 
 @needs_gloo
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
@@ -1150,7 +1149,8 @@ def test_torchrun_restarts_a_run_and_its_sigterm_saves_it_for_one_process_or_fou
     flags = [*shared, '--max_iters=36', '--eval_interval=5']
     call('train.py', *flags, '--out_dir=1')
     command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=1', HERE / 'train.py']
-    with (open('err', 'w') as err, subprocess.Popen([sys.executable, *command, *flags, '--out_dir=2', '--resume'],
+    apart = {**os.environ, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1', 'OMP_NUM_THREADS': '1'}
+    with (open('err', 'w') as err, subprocess.Popen([sys.executable, *command, *flags, '--out_dir=2', '--resume'], env=apart,
                                                     stdout=subprocess.PIPE, stderr=err, text=True) as process):
         said = ''
         for line in process.stdout:

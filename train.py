@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 
 began = time.time()  # before the slow imports: elapsed_s counts them
@@ -192,6 +193,7 @@ with plain_errors():
         if device in ('cuda', 'xpu'):
             device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
             getattr(torch, hardware.kind(device)).set_device(device)
+        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.13 would have otherwise and 2.9 not yet
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
     dtype = hardware.pick_dtype(device, dtype)
 hardware.set_up(device, threads)
@@ -622,5 +624,8 @@ else:
         say('        (with matplotlib installed a run also draws loss.png)')
     say(f'next    python sample.py{where} --start="{"ROMEO:" if dataset == "shakespeare" else "The "}"')
 if world_size > 1:
+    model = batches = None  # what still holds the group when Python ends aborts now and then
+    gc.unfreeze()
+    gc.collect()
     dist.destroy_process_group()
 sys.exit(128 + signals[0] if interrupted and signals else 0)
