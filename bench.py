@@ -90,7 +90,7 @@ if compile.lower() == 'true':
     model = torch.compile(model)
 with plain_errors():
     optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum,
-                               weight_decay, hardware.fused_adamw(device))
+                               weight_decay)
 if data:
     batches = prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device)
 else:

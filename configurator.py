@@ -12,7 +12,6 @@ import copy
 import difflib
 import glob
 import os
-import re
 import reprlib
 import shlex
 import sys
@@ -31,24 +30,14 @@ def stop(message):
     sys.exit(2)
 
 
-def out_of_memory(error):
-    """Whether this RuntimeError or MemoryError says so, in whatever words the device has for it."""
-    words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED|bad_alloc"
-    return bool(re.search(words, f'{type(error).__name__}: {error}'))
-
-
 @contextmanager
-def plain_errors(add=lambda error: ''):
-    """ValueError, OSError and running out of memory inside, which are what a user's mistake looks like, become stop(),
-    with what add(error) adds to the line."""
+def plain_errors():
+    """ValueError and OSError raised inside, which are what a user's mistake looks like, become stop()."""
     try:
         yield
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+    except (ValueError, OSError) as error:
         has_file = isinstance(error, OSError) and error.filename is not None
-        what = f'{error.filename or "an empty name"}: {error.strerror}' if has_file else error
-        stop(f'{"out of memory: " * out_of_memory(error)}{str(what)[:300]}{add(error)}')
+        stop(f'{error.filename or "an empty name"}: {error.strerror}' if has_file else str(error)[:300])
 
 
 def read_block(script):

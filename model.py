@@ -73,7 +73,8 @@ class GPTConfig:
 
 class RMSNorm(Function):
     """x / rms(x) over the last dimension; https://arxiv.org/abs/1910.07467 (4). No gain: every norm but the last is
-    followed by a matrix that can hold it. Only the output is kept for backward, which the next matrix keeps anyway."""
+    followed by a matrix that can hold it. Only the output is kept for backward, in autocast's precision, as the next
+    matrix keeps it anyway."""
 
     @staticmethod
     def forward(ctx, x):
@@ -114,8 +115,8 @@ def swiglu(gate_up):
 
 
 class SwiGLULinear(Function):
-    """F.linear(swiglu(gate_up), weight, bias) that keeps its arguments alone for backward; what swiglu gives, half as large
-    again, is made a second time there."""
+    """F.linear(swiglu(gate_up), weight, bias) that keeps its arguments alone for backward: what swiglu gives is made a
+    second time there."""
 
     @staticmethod
     def forward(ctx, gate_up, weight, bias):
@@ -155,7 +156,7 @@ class LinearCrossEntropy(Function):
             h, t = x[i : i + rows], targets[i : i + rows].unsqueeze(1)
             logits = F.linear(h, weight)  # (rows, V)
             kept, t = t.ne(-1), t.clamp(min=0)
-            log_p = logits.float().log_softmax(dim=-1)
+            log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
             loss -= (log_p.gather(1, t) * kept).sum()
             if wanted:
                 d = log_p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=log_p.dtype)).mul_(kept).to(logits.dtype)
@@ -166,13 +167,13 @@ class LinearCrossEntropy(Function):
                     grad_w.add_(d.t() @ (h / 64).to(d.dtype), alpha=64)
                 del d
             del logits, log_p  # before the next ones are made
-        ctx.grads, ctx.counted = (grad_x, grad_w), counted
+        ctx.save_for_backward(grad_x, grad_w, counted)
         return loss / counted
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_w = ctx.__dict__.pop('grads')  # scaled where they lie, so once
-        return grad_x.mul_(grad / ctx.counted), grad_w.mul_(grad / ctx.counted), None
+        grad_x, grad_w, counted = ctx.saved_tensors
+        return grad_x.mul_(grad / counted), grad_w.mul_(grad / counted), None  # in place: a second backward is an error
 
 
 @cache
@@ -552,7 +553,7 @@ class Muon(torch.optim.AdamW):
                 p.addmm_(root, u, alpha=-lr * scale)
 
 
-def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay, fused):
+def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay):
     """'adamw', or 'muon': the blocks' matrices by Muon, embedding and biases by AdamW. Decay is on matrices only, with
     Muon on the blocks' only. Each group has its 'peak_lr'."""
     if kind not in ('adamw', 'muon'):
@@ -563,7 +564,7 @@ def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_m
     groups = [dict(params=matrices, weight_decay=weight_decay), embedding, dict(params=vectors, weight_decay=0.0)]
     if kind == 'muon':
         groups[0].update(muon=True, lr=muon_learning_rate, momentum=muon_momentum)
-    made = Muon([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=fused)
+    made = Muon([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=True)
     for group in made.param_groups:
         group['peak_lr'] = group['lr']
     return made

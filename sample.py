@@ -159,11 +159,10 @@ if len(prompt) > block_size:
 began, drawn = time.perf_counter(), []
 rows = (drawn.append(ids) or ids for ids in draw(prompt, num_samples=num_samples))
 try:
-    with plain_errors():  # so many texts may not fit the memory
-        for tokens in zip(*rows) if num_samples > 1 else [(id for (id,) in rows)]:
-            print(printable(start), end='', flush=True)
-            write(tokens)
-            print('-' * 40 + '\n' if num_samples > 1 else '', end='')
+    for tokens in zip(*rows) if num_samples > 1 else [(id for (id,) in rows)]:
+        print(printable(start), end='', flush=True)
+        write(tokens)
+        print('-' * 40 + '\n' if num_samples > 1 else '', end='')
 except KeyboardInterrupt:
     sys.exit(130)
 note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict
 
 began = time.time()  # before the slow imports: elapsed_s counts them
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import prepare
-from configurator import ask, configure, out_of_memory, plain_errors, read_block, stop
+from configurator import ask, configure, plain_errors, read_block, stop
 from model import (GPT, GPTConfig, load_checkpoint, load_model, load_optimizer, make_optimizer, presets,
                    save_checkpoint)
 
@@ -269,8 +270,7 @@ torch.manual_seed(seed)
 with plain_errors():
     model = load_model({**saved, 'model_config': asdict(gpt_config)}) if resume or init_from else GPT(gpt_config)
     model.to(device)
-optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay,
-                           hardware.fused_adamw(device))
+optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay)
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
 if resume:
@@ -354,15 +354,30 @@ def training_batches():
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
 
-def last_words(error=None):
-    """What is left when the run ends at an error, and for memory what to do about it."""
-    least = f'weights, gradients and optimizer alone take up to {16 * raw_model.n_params() / 2**30:.2f} GiB'
-    hint = (f', at micro-batches of {batch_size} x {block_size}; {least}. Try a smaller batch_size, block_size or model, or '
-            '--gradient_checkpointing') * out_of_memory(error)
-    return hint + (f'; {ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else '; there is no checkpoint yet')
+def kept():
+    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
 
 
-@plain_errors(last_words)
+def out_of_memory(error):
+    """Whether it says so, in whatever words the device has for it."""
+    return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
+
+
+@contextmanager
+def last_words():
+    """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
+    try:
+        yield
+    except OSError as error:
+        stop(f'{error.filename}: {error.strerror}; {kept()}' if error.filename else f'{error}; {kept()}')
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {kept()}. Weights, gradients '
+             f'and optimizer alone take up to {16 * raw_model.n_params() / 2**30:.2f} GiB: try a smaller batch_size, block_size '
+             'or model, or --gradient_checkpointing')
+
+
 @torch.no_grad()
 def evaluate():
     """Mean loss per token of the validation split, each process reading its share, in batches that take less memory than
@@ -394,7 +409,7 @@ def state(**more):
 
 
 def not_finite(at, what):
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped{last_words()}. '
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {kept()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 
@@ -454,7 +469,8 @@ def clock(seconds):
 
 columns = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 if eval_only:
-    val_loss = evaluate()
+    with last_words():
+        val_loss = evaluate()
     say(f'validation loss {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte')
     sys.exit()
 writing = master and not dry_run
@@ -509,83 +525,81 @@ first_step, logged_step, logged_at = step, step, time.time()
 raw_model.train()
 gc.collect()
 gc.freeze()  # what lives until the end need not be looked through again and again
-while step < max_iters and not stopped_early and not interrupted:
-    # the learning rate
-    scale = learning_rate_scale(step)
-    lr = learning_rate * scale
-    for group in optimizer.param_groups:
-        group['lr'] = group['peak_lr'] * scale
+with last_words():
+    while step < max_iters and not stopped_early and not interrupted:
+        # the learning rate
+        scale = learning_rate_scale(step)
+        lr = learning_rate * scale
+        for group in optimizer.param_groups:
+            group['lr'] = group['peak_lr'] * scale
 
-    # accumulate the gradients of one update
-    torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # dropout depends on the update alone, not on what came before
-    try:
-        loss = torch.zeros((), device=device)
-        for micro in range(n_micro):
-            x, y = next(batches)
-            if world_size > 1:
-                model.require_backward_grad_sync = micro == n_micro - 1
-            with hardware.autocast(device, dtype):
-                micro_loss = model(x, y, return_logits=False)[1] / n_micro
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-    except (OSError, RuntimeError, MemoryError) as error:
-        if batch_size == 1 or world_size > 1 or not out_of_memory(error):
-            with plain_errors(last_words):
+        # accumulate the gradients of one update
+        torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # dropout depends on the update alone, not on what came before
+        try:
+            loss = torch.zeros((), device=device)
+            for micro in range(n_micro):
+                x, y = next(batches)
+                if world_size > 1:
+                    model.require_backward_grad_sync = micro == n_micro - 1
+                with hardware.autocast(device, dtype):
+                    micro_loss = model(x, y, return_logits=False)[1] / n_micro
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or world_size > 1 or not out_of_memory(error):
                 raise
-        smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-        n_micro, batch_size = n_micro * batch_size // smaller, smaller
-        say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
-        loss = micro_loss = x = y = None
-        optimizer.zero_grad(set_to_none=True)
-        batches = training_batches()
-        continue
+            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+            n_micro, batch_size = n_micro * batch_size // smaller, smaller
+            say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
+            loss = micro_loss = x = y = None
+            optimizer.zero_grad(set_to_none=True)
+            batches = training_batches()
+            continue
 
-    # step; smaller micro-batches would not make it smaller, and half of one must not be saved
-    with plain_errors(last_words):
+        # step
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    step += 1
-    tokens_seen += tokens_per_update
-    recent.append((loss, norm))
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens_seen += tokens_per_update
+        recent.append((loss, norm))
 
-    # evaluate and log
-    evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
-    interrupted = bool(signals)
-    if world_size > 1:  # the processes stop at the same update
-        votes = torch.tensor(float(interrupted), device=device)
-        dist.all_reduce(votes)
-        interrupted = votes.item() > 0
-    interrupted = interrupted and step < max_iters
-    if not (evaluating or logging or interrupted):
-        continue
-    train_loss, grad_norm = read_recent()
-    seconds = (time.time() - logged_at) / (step - logged_step)
-    speed = tokens_per_update / seconds
-    mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-    row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
-    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
-        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
-        f'{clock((max_iters - step) * seconds)} left', flush=True)
-    if dry_run and step - first_step >= 2 * log_interval:
-        break
-    if evaluating and not dry_run:
-        val_loss = evaluate()
-        if not math.isfinite(val_loss):
-            not_finite(step, f'validation loss {val_loss}')
-        row[3] = f'{val_loss:.6f}'
-        better = val_loss < best_val_loss
-        if better:
-            best_val_loss, best_step = val_loss, step
-        rising = '' if better else f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
-        say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
-        stopped_early = 0 < patience <= (step - best_step) // eval_interval
+        # evaluate and log
+        evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
+        interrupted = bool(signals)
+        if world_size > 1:  # the processes stop at the same update
+            votes = torch.tensor(float(interrupted), device=device)
+            dist.all_reduce(votes)
+            interrupted = votes.item() > 0
+        interrupted = interrupted and step < max_iters
+        if not (evaluating or logging or interrupted):
+            continue
+        train_loss, grad_norm = read_recent()
+        seconds = (time.time() - logged_at) / (step - logged_step)
+        speed = tokens_per_update / seconds
+        mfu = raw_model.flops_per_token() * speed / (peak * world_size)
+        row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
+            f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+            f'{clock((max_iters - step) * seconds)} left', flush=True)
+        if dry_run and step - first_step >= 2 * log_interval:
+            break
+        if evaluating and not dry_run:
+            val_loss = evaluate()
+            if not math.isfinite(val_loss):
+                not_finite(step, f'validation loss {val_loss}')
+            row[3] = f'{val_loss:.6f}'
+            better = val_loss < best_val_loss
+            if better:
+                best_val_loss, best_step = val_loss, step
+            rising = '' if better else f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
+            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
+            stopped_early = 0 < patience <= (step - best_step) // eval_interval
 
-    # save
-    if writing:
-        with plain_errors(last_words):
+        # save
+        if writing:
             with open(log_path, 'a', encoding='utf-8', newline='') as file:
                 csv.writer(file).writerow(row)
                 file.flush()
@@ -595,15 +609,15 @@ while step < max_iters and not stopped_early and not interrupted:
                 save_checkpoint(best_path, state())
             if evaluating or interrupted:
                 save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
-        if wandb_log:
-            wandb.log({name: float(value) for name, value in zip(columns, row) if value != ''}, step=step)
-        if evaluating:
-            plot()
-        if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
-            prompt = next(prepare.val_batches(data.val, 16, 1))[0]
-            ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
-            print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
-    logged_step, logged_at = step, time.time()
+            if wandb_log:
+                wandb.log({name: float(value) for name, value in zip(columns, row) if value != ''}, step=step)
+            if evaluating:
+                plot()
+            if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
+                prompt = next(prepare.val_batches(data.val, 16, 1))[0]
+                ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+                print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
+        logged_step, logged_at = step, time.time()
 
 # ----------------------------------------------------------------------------
 # the end
