@@ -38,7 +38,7 @@ from model import (GPT, GPTConfig, load_checkpoint, load_model, load_optimizer, 
 # settings: change them here, in a config file, or by --name=value
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
-resume = False  # go on from out_dir/ckpt.pt, settings included, which config files and flags change; torchrun may also begin
+resume = False  # go on from out_dir/ckpt.pt, settings included; config files and flags change them
 init_from = ''  # start from this checkpoint's weights instead, shape and tokenizer with them; the optimizer starts anew
 eval_only = False  # evaluate once and leave
 dry_run = False  # check everything, time a few real steps, print the estimate; writes nothing
@@ -354,7 +354,7 @@ def training_batches():
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
 
-def kept():
+def what_is_left():
     return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
 
 
@@ -369,13 +369,14 @@ def last_words():
     try:
         yield
     except OSError as error:
-        stop(f'{error.filename}: {error.strerror}; {kept()}' if error.filename else f'{error}; {kept()}')
+        stop(f'{error.filename}: {error.strerror}; {what_is_left()}' if error.filename else f'{error}; {what_is_left()}')
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {kept()}. Weights, gradients '
-             f'and optimizer alone take up to {16 * raw_model.n_params() / 2**30:.2f} GiB: try a smaller batch_size, block_size '
-             'or model, or --gradient_checkpointing')
+        least = 16 * raw_model.n_params() / 2**30
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. Weights, '
+             f'gradients and optimizer alone take up to {least:.2f} GiB: try a smaller batch_size, block_size or model, '
+             'or --gradient_checkpointing')
 
 
 @torch.no_grad()
@@ -409,7 +410,7 @@ def state(**more):
 
 
 def not_finite(at, what):
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {kept()}. '
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 
@@ -580,7 +581,8 @@ with last_words():
         seconds = (time.time() - logged_at) / (step - logged_step)
         speed = tokens_per_update / seconds
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-        row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+        since = elapsed + time.time() - began
+        row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
         say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
             f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left', flush=True)
@@ -594,7 +596,7 @@ with last_words():
             better = val_loss < best_val_loss
             if better:
                 best_val_loss, best_step = val_loss, step
-            rising = '' if better else f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
+            rising = f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}' * (not better)
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
             stopped_early = 0 < patience <= (step - best_step) // eval_interval
 
@@ -626,7 +628,8 @@ where = f' --out_dir={out_dir}' * (out_dir != 'out')
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
     whole_run = clock((max_iters - first_step) * seconds)
-    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; nothing was written')
+    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; '
+        'nothing was written')
 elif interrupted:
     say(f'saved   {ckpt_path} at update {step}; go on with: python train.py --resume{where}')
 else:
