@@ -339,9 +339,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         for name, table in zip(('cos', 'sin'), rope_table(0, config.block_size, config.head_dim)):
             self.register_buffer(name, table, persistent=False)
-        for name, p in self.named_parameters():
-            if p.dim() < 2 or name.endswith(('proj.weight', 'down.weight')):
-                nn.init.zeros_(p)  # each block begins as the identity
+        for p in self.parameters():
+            if p.dim() < 2:
+                nn.init.zeros_(p)
             else:
                 nn.init.normal_(p, std=(1 if p is self.embedding.weight else 0.5 * p.size(1) ** 0.5) / p.size(1))
 

@@ -513,7 +513,7 @@ TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_em
 DEVICES = ['cpu', *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
 
 def tiny(seed=0, device='cpu', **changes):
-    """A small model whose every weight matters (the output projections are zero at the start of training)."""
+    """A small model whose every weight matters."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**TINY, **changes}))
     for p in model.parameters():
