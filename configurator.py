@@ -37,7 +37,7 @@ def plain_errors():
         yield
     except (ValueError, OSError) as error:
         has_file = isinstance(error, OSError) and error.filename is not None
-        stop(f'{error.filename or "an empty name"}: {error.strerror}' if has_file else str(error)[:300])
+        stop(f'{error.filename or "an empty name"}: {error.strerror}' if has_file else error)
 
 
 def read_block(script):

@@ -102,8 +102,9 @@ def pick_dtype(device, wish='auto'):
 def set_up(device, threads=0):
     """TF32 for float32 products on a GPU; on the CPU the number of threads (0: torch's own) and malloc's habits."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    flags = proc('/proc/cpuinfo', 'flags')  # 'medium' hands float32 products to oneDNN: on AVX-512 as exact as MKL and on
-    right = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'  # AMD twice as fast; on AMX, bfloat16
+    # On a CPU 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as fast. With AMX
+    flags = proc('/proc/cpuinfo', 'flags')  # they would be rounded to bfloat16.
+    right = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
     torch.set_float32_matmul_precision(right if kind(device) == 'cpu' else 'high')
     with suppress(OSError, AttributeError):  # glibc's: keeping freed tensors saves faulting their pages in again,
         mallopt = ctypes.CDLL('libc.so.6').mallopt  # 6 % of the CPU time of a step at 1.6M parameters

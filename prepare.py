@@ -227,7 +227,7 @@ def fetch(url, part, version):
             del session.adapters['http://']  # so that no redirect leads there: InvalidSchema
         with session.get(url, headers=headers, stream=True, timeout=(3, 30)) as reply:
             if reply.status_code == 416:  # no such range: nothing is missing, or that version is gone
-                version.unlink()
+                version.unlink(missing_ok=True)
             if reply.status_code in (416, 429) or reply.status_code >= 500:
                 raise requests.RequestException(f'it answered {reply.status_code}')
             if reply.status_code == 200:
@@ -238,7 +238,7 @@ def fetch(url, part, version):
             print(f'fetching {url} ({total / 1e6:,.1f} MB)' if total else f'fetching {url}', flush=True)
             with open(part, 'ab' if done else 'wb') as file:  # emptied before it counts as another version
                 version.write_text(reply.headers.get('etag', ''), 'utf-8')
-                while max(done + fresh, total) <= DOWNLOAD_LIMIT and (block := reply.raw.read1(1 << 16)):
+                while max(done + fresh, total) <= DOWNLOAD_LIMIT and (block := reply.raw.read(1 << 12)):
                     fresh += file.write(block)
                     if fresh < 1000 * (time.time() - began - PATIENCE):
                         raise requests.RequestException('it sends less than 1 kB a second')
@@ -271,7 +271,7 @@ def download(url, path, sha256=''):
                 raise ConnectionError(f'{url} cannot be downloaded ({why}): try again, or put the text at {path}'
                                       ) from None
             time.sleep(wait)
-    version.unlink()
+    version.unlink(missing_ok=True)
     if sha256 and hash_files(part) != sha256:
         part.unlink()
         raise ValueError(f'{url} sent another text than expected (its sha256 is not {sha256[:12]}...)')
@@ -406,7 +406,8 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     if not any(isinstance(part, str) or part.stat().st_size for part in parts):
         raise ValueError(f'{", ".join(sources)}: no text in there')
     versions = [(str(part), isinstance(part, Path) and part.stat().st_mtime) for part in parts]
-    new = folder / f'new-{sha256_of(repr((versions, tokenizer, vocab_size, max_mb)))[:8]}'
+    coding = tokenizer, os.path.isfile(tokenizer) and os.stat(tokenizer).st_mtime, vocab_size
+    new = folder / f'new-{sha256_of(repr((versions, coding, max_mb)))[:8]}'
     record = new / 'tokenizer.json'
     if not record.exists():
         for unfinished in folder.glob('new-*'):
@@ -417,19 +418,21 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     text = write_shards(parts, coder, new, max_mb)
 
     record.unlink()  # from here on the shards are changed: the end of the last ones becomes val.bin
-    shards = Tokens(sorted(new.glob('train_*.bin')), coder.dtype)
-    n_train = max(int(len(shards) * (1 - val_fraction)), len(shards) - VAL_MAX)
-    if len(text.distinct) < 2 or min(n_train, len(shards) - n_train) < 2:
+    shards = sorted(new.glob('train_*.bin'))
+    ends = list(itertools.accumulate(path.stat().st_size // coder.dtype.itemsize for path in shards))
+    total = ends[-1]
+    n_train = max(int(total * (1 - val_fraction)), total - VAL_MAX)
+    if len(text.distinct) < 2 or min(n_train, total - n_train) < 2:
         shutil.rmtree(new)
         raise ValueError(f'{", ".join(sources)}: too little to learn from: {text.characters:,} characters, '
-                         f'{len(text.distinct)} of them distinct, {n_train:,} + {len(shards) - n_train:,} tokens')
+                         f'{len(text.distinct)} of them distinct, {n_train:,} + {total - n_train:,} tokens')
     val = []
-    for path, end in zip(shards.paths, shards.ends):
+    for path, end in zip(shards, ends):
         kept = max(path.stat().st_size - max(end - n_train, 0) * coder.dtype.itemsize, 0)
         val.append(np.fromfile(path, coder.dtype, offset=kept))
         os.truncate(path, kept) if kept else path.unlink()
-    if len(shards.paths) == 1:
-        shards.paths[0].rename(new / 'train.bin')
+    if len(shards) == 1:
+        shards[0].rename(new / 'train.bin')
     val = np.concatenate(val)
     write(new / 'val.bin', [val])
     val_bytes = sum(n * len(coder.table[id]) for id, n in enumerate(np.bincount(val)) if id != coder.end_of_text)
@@ -446,7 +449,7 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     fits = [preset for preset, millions in PRESETS.items() if 20 * millions <= 4 * n_train / 1e6]
     print(f'{folder}: {text.characters:,} characters, {len(text.distinct):,} of them distinct\n'
           f'tokenizer {coder.kind}; vocabulary {coder.vocab_size:,}\n'
-          f'{len(shards):,} tokens ({text.characters / len(shards):.2f} characters each): '
+          f'{total:,} tokens ({text.characters / total:.2f} characters each): '
           f'train {n_train:,}, val {len(val):,}')
     if odd:
         print('kept as they are:', ascii(''.join(odd[:20])), 'and more' * (len(odd) > 20))
@@ -508,10 +511,11 @@ def put_in_place(folder):
 # data/NAME/ -> batches
 
 class Tokens:
-    """One stream of ids over files, which are mapped anew for each read: pages once read would count as memory."""
+    """One stream of ids over files, which stay open (a run goes on with them whatever becomes of their names), and are
+    mapped anew for each read: pages once read would count as memory."""
 
     def __init__(self, paths, dtype):
-        self.paths, self.dtype = paths, dtype
+        self.paths, self.files, self.dtype = paths, [open(path, 'rb') for path in paths], dtype
         self.ends = np.cumsum([os.path.getsize(path) // dtype.itemsize for path in paths])
 
     def __len__(self):
@@ -524,7 +528,7 @@ class Tokens:
         ids = np.empty(at.shape, np.int64)
         for i in np.flatnonzero(np.bincount(file.ravel())):
             here = file == i
-            ids[here] = np.memmap(self.paths[i], self.dtype, 'r')[at[here] - self.ends[i]]  # from the file's end
+            ids[here] = np.memmap(self.files[i], self.dtype, 'r')[at[here] - self.ends[i]]  # from the file's end
         return ids
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch
 
 import hardware
-from configurator import configure, plain_errors
+from configurator import checked, configure, parse, plain_errors
 from model import KVCache, load_checkpoint, load_model
 from prepare import Tokenizer, printable, read_text
 
@@ -77,8 +77,8 @@ generator.manual_seed(seed) if seed else generator.seed()
 
 
 def beginning():
-    """What stands before a document: the end of another one, or a line break."""
-    return [coder.end_of_text] if coder.end_of_text is not None else coder.encode('\n')
+    """What stands before a document: the end of another one, or a line break, or where there is none any character."""
+    return [coder.end_of_text if coder.end_of_text is not None else coder.ids.get('\n', 0)]
 
 
 def draw(ids, **options):
@@ -119,7 +119,7 @@ def talk():
         name = {'/tokens': 'max_new_tokens'}.get(word, word[1:])
         try:
             if word in ('/temperature', '/top_k', '/top_p', '/tokens', '/seed'):
-                check(name, number := type(config[name])(value))
+                check(name, number := checked(word, parse(value, config[name]), config[name]))
                 if name != 'seed':
                     drawing[name] = number
                 elif number:
@@ -136,12 +136,12 @@ def talk():
                 ids = coder.encode(typed.replace('\\n', '\n'))
                 if cache is None:
                     cache, unread = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
-                ids, unread = unread + ids, []
+                ids, unread, before = unread + ids, [], cache.position
                 try:
                     write(unread.append(id) or id for (id,) in draw(ids, cache=cache))
                 except KeyboardInterrupt:
                     print()
-                unread = unread[-1:]  # the cache has read all but the last
+                unread = unread[-1:] or ids[cache.position - before :]  # the cache has read all but the last
         except ValueError as error:
             print(error)
 

@@ -38,7 +38,7 @@ from model import (GPT, GPTConfig, load_checkpoint, load_model, load_optimizer, 
 # settings: change them here, in a config file, or by --name=value
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
-resume = False  # go on from out_dir/ckpt.pt, settings included; config files and flags change them
+resume = False  # go on from out_dir/ckpt.pt with its settings, which config files and flags may change
 init_from = ''  # start from this checkpoint's weights instead, shape and tokenizer with them; the optimizer starts anew
 eval_only = False  # evaluate once and leave
 dry_run = False  # check everything, time a few real steps, print the estimate; writes nothing
@@ -324,6 +324,7 @@ say('start   ' + (f'from {source}, update {step}' if resume or init_from else gu
 
 raw_model = model  # what is evaluated, sampled from and saved
 if config['compile'] == 'true':
+    torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs eagerly, with torch's warning
     model = torch.compile(model)
 if world_size > 1:
     model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None,
@@ -410,7 +411,7 @@ def state(**more):
 
 
 def not_finite(at, what):
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
+    sys.exit(not master or f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 
@@ -484,10 +485,10 @@ if writing:
             stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
                  'free some, or take another --out_dir')
         if not resume and any(map(os.path.exists, (log_path, ckpt_path, best_path))):
-            kept = next(name for i in itertools.count(1) if not os.path.exists(name := f'{out_dir.rstrip("/")}-{i}'))
-            os.rename(out_dir, kept)
+            older = next(path for i in itertools.count(1) if not os.path.exists(path := f'{out_dir.rstrip("/")}-{i}'))
+            os.rename(out_dir, older)
             os.mkdir(out_dir)
-            print(f'kept    the run that was in {out_dir} is in {kept} now')
+            print(f'kept    the run that was in {out_dir} is in {older} now')
         rows = []
         if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
             with open(log_path, encoding='utf-8', newline='') as file:
