@@ -923,7 +923,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(call, place, mo
 
 @pytest.mark.parametrize('owner, name, flags', [(gpt, 'inverse_root', []), (torch.optim.AdamW, 'step', []),
                                                 (prepare, 'val_batches', []), (prepare, 'val_batches', ['--eval_only'])])
-@pytest.mark.parametrize('error, says', [(torch.OutOfMemoryError('of 9 GiB'), 'out of memory at micro-batches of 4 x 16: of 9 GiB'),
+@pytest.mark.parametrize('error, says', [(torch.OutOfMemoryError('of 9 GiB'), 'out of memory at micro-batches of 4 x 16: of'),
                                          (FileNotFoundError(2, 'gone', 'val.bin'), 'val.bin: gone')])
 def test_no_memory_or_no_data_later_is_one_line_and_no_half_update_is_saved(call, place, monkeypatch, owner, name, flags,
                                                                            error, says):
@@ -975,7 +975,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(call, monkeypatch
     (3, dict(config=[])), (3, dict(dataset_sha256=0)), (3, dict(tokenizer='char')), (3, dict(tokenizer={'kind': 'char'})),
     (3, dict(model={})), (3, dict(model={'embedding.weight': 'x'})), (3, dict(model_config={'n_layer': '2'})),
     (3, dict(model_config={'width': 3})), (3, dict(model_config={**TINY, 'n_layer': 10 ** 9})),
-    (3, dict(model_config={**TINY, 'mlp_ratio': math.inf})), (1, dict(config={'n_layer': 'two'})), (1, dict(config={'dataset': 'plain', 'device': 'cpu'})),
+    (3, dict(model_config={**TINY, 'mlp_ratio': math.inf})), (1, dict(config={'n_layer': 'two'})),
+    (1, dict(config={'dataset': 'plain', 'device': 'cpu'})),
     (1, dict(optimizer=7)), (1, dict(optimizer={'state': {}, 'param_groups': []})), (1, dict(optimizer={})),
     (1, 'step'), (1, 'exp_avg')])
 def test_a_checkpoint_with_an_odd_field_is_refused_by_all_who_read_it(call, place, users, changes):
@@ -1006,6 +1007,7 @@ REFUSALS = [
     ('train.py', '--max_iters=0', 'max_iters is 0'), ('train.py', '--learning_rate=11', 'learning_rate is 11'),
     ('train.py', '--optimizer=sgd', 'muon, adamw'), ('train.py', '--model_preset=huge', 'tiny, small, medium, large'),
     ('train.py', '--tokens_per_update=200', 'take 192 or 256'), ('train.py', '--n_head=3', 'n_embd 32'),
+    ('train.py', '--n_embd=1000000', 'at least'),
     ('train.py', '--block_size=5000', 'val has 1,160 tokens'), ('train.py', '--dataset=nothing', 'python prepare.py'),
     ('train.py', '--device=tpu', 'device tpu'), ('train.py', '--dtype=float16', 'float16'),
     ('train.py', '--out_dir=tiny.py', 'tiny.py'), ('train.py', '--init_from=tiny.py', 'not a checkpoint'),
@@ -1138,7 +1140,8 @@ def shared(place):
     """Flags of a run that 1, 2 and 4 processes can share: without dropout, evaluations of three batches"""
     Path('long.txt').write_text(TEXT * 4000)
     prepare.prepare('long.txt')
-    return ['tiny.py', '--dataset=long', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--eval_interval=10', '--eval_iters=3']
+    return ['tiny.py', '--dataset=long', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--eval_interval=10',
+            '--eval_iters=3']
 
 @needs_gloo
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])

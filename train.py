@@ -118,7 +118,8 @@ def interview():
         chosen['model_preset'] = size
     else:
         chosen |= zip(('n_layer', 'n_head', 'n_embd', 'block_size'), map(int, size.split()))
-    length = ask('length (' + ', '.join(f'{k}: {n}' for k, n in lengths.items()) + ') or updates', 'quick', one_of(lengths, 1))
+    known = ', '.join(f'{name}: {n}' for name, n in lengths.items())
+    length = ask(f'length ({known}) or updates', 'quick', one_of(lengths, 1))
     chosen['max_iters'] = lengths.get(length) or int(length)
     chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
     path_of = lambda name: os.path.join('config', f'my_{re.sub(r"[^A-Za-z0-9_-]+", "_", name)}.py')
@@ -265,6 +266,10 @@ for split, tokens in (('train', data.train), ('val', data.val)):
     if len(tokens) <= block_size:
         stop(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: '
              'lower block_size or give more text')
+with torch.device('meta'):  # weights, gradients, and Muon's momentum; AdamW takes a third more
+    least, memory = 12 * GPT(gpt_config).n_params() / 2**30, hardware.describe(device)['memory_gib']
+if 0 < memory < least:
+    stop(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has {memory}: take a smaller model')
 
 torch.manual_seed(seed)
 with plain_errors():
@@ -374,9 +379,8 @@ def last_words():
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        least = 16 * raw_model.n_params() / 2**30
         stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. Weights, '
-             f'gradients and optimizer alone take up to {least:.2f} GiB: try a smaller batch_size, block_size or model, '
+             f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
              'or --gradient_checkpointing')
 
 
