@@ -361,6 +361,7 @@ def training_batches():
 
 
 def what_is_left():
+    """The checkpoint that a run which ends by an error leaves."""
     return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
 
 
