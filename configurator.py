@@ -1,16 +1,20 @@
-"""
-Settings: the block of plain assignments at the top of a script, then config files, then --key=value flags.
+"""Settings: dataclasses and the blocks at the top of scripts, then config files, then --key=value flags.
 
-    config = configure(__file__); globals().update(config)      # in the script, right after its block
+    config = configure(GPTConfig, __file__)         # in the script, right after its block
+    globals().update(config)
     python train.py config/train_shakespeare.py --batch_size=32 --resume
 
-The block is only read. A config file is executed, in a namespace of its own that holds the settings so far, and what
-it assigns is checked like the flags are. A mistake is one line and exit status 2, never a traceback or a guess.
+The block is only read. A config file runs in a namespace of its own that holds the settings so far, and
+what it assigns is checked as flags are. A mistake is one line and exit status 2, never a traceback.
 """
 import ast
-import copy
+import dataclasses
 import difflib
+import errno
+import functools
 import glob
+import inspect
+import io
 import os
 import reprlib
 import shlex
@@ -26,7 +30,8 @@ WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': 
 
 def stop(message):
     """Ends the program: one line on stderr (control characters become spaces), exit status 2."""
-    print(' '.join(''.join(c if c.isprintable() else ' ' for c in str(message)).split()), file=sys.stderr)
+    printable = ''.join(c if c.isprintable() else ' ' for c in str(message))
+    print(' '.join(printable.split()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -40,16 +45,42 @@ def plain_errors():
         stop(f'{error.filename or "an empty name"}: {error.strerror}' if has_file else error)
 
 
+def set_up_output():
+    """Each line appears at once, whatever its characters; a full stdout ends the program in one line."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None where it was closed: the program runs without it
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+
+    def guarded(write):
+        @functools.wraps(write)
+        def call(*arguments):
+            try:
+                return write(*arguments)
+            except OSError as error:
+                if error.errno != errno.EIO:  # the terminal has gone: the program runs without it
+                    print(f'stdout: {error.strerror}', file=sys.stderr, flush=True)
+                    os._exit(2)  # sys.exit would try to write what is left, and fail again
+        return call
+
+    if isinstance(sys.stdout, io.TextIOWrapper) and not hasattr(sys.stdout.write, '__wrapped__'):
+        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
+        sys.stdout.write = guarded(sys.stdout.write)
+        sys.stdout.flush = guarded(sys.stdout.flush)
+
+
+def read_source(text):
+    """Python source -> (its syntax tree, {line number: comment})."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return ast.parse(text), {t.start[0]: t.string.strip('# ') for t in tokens if t.type == tokenize.COMMENT}
+
+
 def read_block(script):
-    """The script's settings block -> ({name: default}, {name: comment on its line}, docstring), by reading only."""
+    """A script's settings block -> ({name: default}, {name: comment on its line}, docstring)."""
     with tokenize.open(script) as file:
-        comments = {t.start[0]: t.string.strip('# ') for t in tokenize.generate_tokens(file.readline)
-                    if t.type == tokenize.COMMENT}
-        file.seek(0)
-        tree = ast.parse(file.read())
+        tree, comments = read_source(file.read())
     defaults, notes = {}, {}
     for node in tree.body:
-        if any(isinstance(n, ast.Call) and ast.unparse(n.func).endswith('configure') for n in ast.walk(node)):
+        calls = [ast.unparse(n.func).split('.')[-1] for n in ast.walk(node) if isinstance(n, ast.Call)]
+        if 'configure' in calls:
             break
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, value = node.targets[0].id, None
@@ -60,8 +91,23 @@ def read_block(script):
     return defaults, notes, ast.get_docstring(tree) or ''
 
 
+def read_fields(cls):
+    """A dataclass's fields, inherited ones too -> as read_block."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    notes = dict.fromkeys(defaults, '')
+    for name, value in defaults.items():
+        if type(value) not in KINDS:
+            raise ValueError(f'{cls.__name__}.{name} needs a default that is {", ".join(KINDS.values())}')
+    for base in reversed(cls.__mro__):
+        with suppress(OSError, TypeError, SyntaxError):  # typed into a prompt: no comments
+            tree, comments = read_source(textwrap.dedent(inspect.getsource(base)))
+            fields = [node for node in tree.body[0].body if isinstance(node, ast.AnnAssign)]
+            notes.update({ast.unparse(node.target): comments.get(node.end_lineno, '') for node in fields})
+    return defaults, notes, ''
+
+
 def parse(text, default):
-    """A flag's or an answer's text as a value of default's type; the text itself where it can't be read as one."""
+    """A flag's or an answer's text in default's type; the text itself where it can't be read as one."""
     with suppress(ValueError):
         return WORDS.get(text.lower(), text) if isinstance(default, bool) else type(default)(text)
     return text
@@ -70,65 +116,77 @@ def parse(text, default):
 def checked(name, value, default):
     """value in default's type (an int is welcome for a float), or ValueError."""
     kind = type(default)
-    right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if right and kind in (int, float):
-        right = -2 ** 63 <= value < 2 ** 63 if kind is int else -1e308 < value < 1e308  # neither nan nor inf
-    if right and kind is str:
-        right = not any(c == '\0' or '\ud800' <= c <= '\udfff' for c in value)  # surrogates: bytes that aren't UTF-8
+    right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if kind is float:
+        right = type(value) in (int, float) and -1e308 < value < 1e308  # neither nan nor inf
     if not right:
-        raise ValueError(f'{name} is {KINDS[kind]}, not {reprlib.repr(value)}')
+        raise ValueError(f'{name} must be {KINDS[kind]}, not {reprlib.repr(value)}')
     return kind(value)
+
+
+def check(config, name, low, high):
+    if not low <= config[name] <= high:
+        raise ValueError(f'{name} is {config[name]}: it must be from {low} to {high:g}')
+
+
+def choose(config, name, choices):
+    if config[name] not in choices:
+        raise ValueError(f'{name} is {reprlib.repr(config[name])}: it must be one of {", ".join(choices)}')
 
 
 def unknown(name, settings):
     near = difflib.get_close_matches(name, settings, 1, cutoff=0.5)
-    return f'there is no setting {reprlib.repr(name)}: ' + (f'did you mean {near[0]}?' if near else '--help lists them')
+    advice = f'did you mean {near[0]}?' if near else '--help lists them'
+    return f'there is no setting {reprlib.repr(name)}: {advice}'
 
 
 def run_config(path, settings):
-    """The settings as the config file at path changes them. Its imports, functions and _names are its own business."""
-    space = {**copy.deepcopy(settings), '__name__': 'config', '__file__': path}
+    """The settings as the config file at path changes them; its imports, functions and _names don't count."""
+    space = {**settings, '__name__': 'config', '__file__': path}
     try:
         with tokenize.open(path) as file:
             tree = ast.parse(file.read(), path)
         exec(compile(tree, path, 'exec'), space)
-    except BaseException as error:  # whatever it is, it happened in the user's file: say where
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == path else []
-        where = f'{path} line {lines[-1]}' if lines and lines[-1] else path
-        raise ValueError(f'{where}: {type(error).__name__}: {getattr(error, "msg", error)}') from None
-    lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    except (Exception, SystemExit) as error:  # whatever it is, it happened in the user's file: say where
+        lines = [f' line {f.lineno}' for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        raise ValueError(f'{path}{"".join(lines[-1:])}: {type(error).__name__}: {error}') from None
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for name, value in space.items():
         if name in settings:
-            settings[name] = checked(f'{path} line {lines.get(name, "?")}: {name}', value, settings[name])
-        elif name in lines and not name.startswith('_'):
-            raise ValueError(f'{path} line {lines[name]}: {unknown(name, settings)} (names of your own begin with _)')
+            settings[name] = checked(f'{path}: {name}', value, settings[name])
+        elif name in assigned and not name.startswith('_'):
+            raise ValueError(f'{path}: {unknown(name, settings)} (names of your own begin with _)')
     return settings
 
 
-def help_text(settings, notes, doc):
-    rows = {n: shlex.quote(v) if isinstance(v, str) and v.isprintable() else repr(v) for n, v in settings.items()}
-    rows = {n: f'  {n} ...' if isinstance(settings[n], list) else f'  --{n}={text}' for n, text in rows.items()}
-    width = min(max(map(len, rows.values()), default=0), 44) + 2
-    lines = [textwrap.fill(notes[n] or '-', 120, initial_indent=row.ljust(width - 1) + ' ',
-                           subsequent_indent=' ' * width) for n, row in rows.items()]
-    return '\n'.join([doc, '', 'Settings, with their defaults:', *lines])
+def help_text(settings, notes, titles, doc):
+    lines = [doc]
+    for title in reversed(dict.fromkeys(titles.values())):
+        lines += ['', f'Settings of {title}, with their defaults:']
+        for name in [name for name in settings if titles[name] == title]:
+            is_list = isinstance(settings[name], list)
+            row = f'  {name} ...' if is_list else f'  --{name}={shlex.quote(str(settings[name]))}'
+            lines += textwrap.wrap(f'{row:34} {notes[name]}', 100, subsequent_indent=' ' * 35)
+    return '\n'.join(lines)
 
 
 @plain_errors()
-def configure(*scripts, argv=None, saved={}):
-    """The resolved {name: value} of the scripts' blocks (a later script's default wins), config files and flags.
-    What is in saved, a run's earlier settings, takes the place of the defaults."""
+def configure(*sources, argv=None, saved={}):
+    """The resolved {name: value} of the sources (dataclasses and scripts' paths; a later one's default wins),
+    config files and flags. What is in saved, a run's earlier settings, takes the place of the defaults."""
     argv = sys.argv[1:] if argv is None else argv
-    settings, notes, flags, plain = {}, {}, {}, []
-    for script in scripts:
-        defaults, comments, doc = read_block(script)
-        settings, notes = {**settings, **defaults}, {**notes, **comments}
-    settings.update({name: checked(name, value, settings[name]) for name, value in saved.items() if name in settings})
+    settings, notes, titles, flags, plain = {}, {}, {}, {}, []
+    for source in sources:
+        defaults, comments, doc = read_fields(source) if isinstance(source, type) else read_block(source)
+        settings.update(defaults)
+        notes.update(comments)
+        titles.update(dict.fromkeys(defaults, getattr(source, '__name__', os.path.basename(str(source)))))
+    for name in settings.keys() & saved.keys():
+        settings[name] = checked(name, saved[name], settings[name])
     if '-h' in argv or '--help' in argv:
-        print(help_text(settings, notes, doc))
+        print(help_text(settings, notes, titles, doc))
         sys.exit(0)
-    for argument, following in zip(argv, [*argv[1:], '']):
+    for argument in argv:
         name, equals, text = argument[2:].partition('=')
         if not argument.startswith('-'):
             plain.append(argument)
@@ -136,11 +194,12 @@ def configure(*scripts, argv=None, saved={}):
             raise ValueError(f'{argument}: settings are written --name=value')
         elif name not in settings:
             raise ValueError(f'{argument}: {unknown(name, settings)}')
-        elif not equals and (not isinstance(settings[name], bool) or following.lower() in WORDS):
-            value = following if following and not following.startswith('-') else 'VALUE'
-            raise ValueError(f'{argument} needs a value: write --{name}={shlex.quote(value)}')
+        elif equals:
+            flags[name] = checked(f'--{name}', parse(text, settings[name]), settings[name])
+        elif isinstance(settings[name], bool):
+            flags[name] = True
         else:
-            flags[name] = checked(f'--{name}', parse(text, settings[name]) if equals else True, settings[name])
+            raise ValueError(f'{argument} needs a value: write {argument}=VALUE')
     collects = next((name for name, value in settings.items() if isinstance(value, list)), None)
     if collects:
         return {**settings, collects: settings[collects] + plain, **flags}
@@ -148,15 +207,14 @@ def configure(*scripts, argv=None, saved={}):
         if not path.endswith('.py'):
             raise ValueError(f'{path!r} is neither --name=value nor a config file (.py)')
         if not os.path.exists(path):
-            folder = 'config' if os.path.isdir('config') else os.path.join(os.path.dirname(scripts[-1]), 'config')
-            there = ', '.join(sorted(glob.glob(os.path.join(glob.escape(folder), '*.py'))))
+            there = ', '.join(sorted(glob.glob(os.path.join('config', '*.py'))))
             raise ValueError(f'{path} does not exist; config files here: {there or "none"}')
         settings = run_config(path, settings)
     return {**settings, **flags}
 
 
 def ask(question, default, check=None):
-    """Asks on the terminal until the answer has default's type and check(value) raises no ValueError; the value."""
+    """The answer typed on the terminal, asked for until it has default's type and check(value) accepts it."""
     while True:
         try:
             text = input(f'{question} [{default}] ').strip()

@@ -1,34 +1,51 @@
-"""
-What this machine has, and what to use: device, dtype, autocast, compile, memory, speed.
+"""What this machine has, and what to use: device, dtype, autocast, compile, threads, memory, speed.
 
-    python hardware.py                  a table, and what train.py would pick; --recommended: only the device's name
-    python hardware.py --check          a tiny training step on each device and dtype, compared with float32 on the CPU
+    python hardware.py                  a table, and what train.py would use; --recommended: only the device
     python hardware.py --interactive    asks, and prints the flags to use
-    python hardware.py --json           {python, torch, cores, device, dtype, problem, table [{backend, device, name,
-        memory_gib, free_gib, capability, dtypes, peak_tflops}, or {backend, device '', reason} where there is none]}
+    python hardware.py --json           {python, torch, cores, problem, device, dtype, table}
 """
-import ctypes, io, logging, os, platform, re, sys, timeit
+import ctypes
+import io
+import logging
+import os
+import platform
+import re
+import statistics
+import sys
+import timeit
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
-from functools import partial
 from json import dumps
 
 import torch
 
 json = False         # print the table as JSON
-recommended = False  # print the device that train.py would pick, and nothing else
+recommended = False  # print the device that train.py would use, and nothing else
 interactive = False  # choose a device and a dtype
-check = False        # try a training step on each device and dtype
 
-# Vendors' dense TFLOP/s in bfloat16 and float16, by torch's exact name (less 'NVIDIA ') for a card, or half an MI250X.
-PEAKS = {'H100 80GB HBM3': 989, 'H100 PCIe': 756, 'H200': 989, 'A100-SXM4-40GB': 312, 'A100-SXM4-80GB': 312,
-         'A100-PCIE-40GB': 312, 'A100 80GB PCIe': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'GeForce RTX 4090': 165,
-         'GeForce RTX 3090': 71, 'Tesla T4': 65, 'Tesla V100-SXM2-16GB': 125, 'Tesla V100-SXM2-32GB': 125,
-         'AMD Instinct MI300X': 1307, 'AMD Instinct MI250X': 383 / 2}
+# Vendors' dense TFLOP/s in bfloat16 and float16, by torch's name less 'NVIDIA '; half an MI250X is a device
+PEAKS = {
+    'H100 80GB HBM3': 989, 'H100 PCIe': 756, 'H200': 989, 'A100-SXM4-40GB': 312, 'A100-SXM4-80GB': 312,
+    'A100-PCIE-40GB': 312, 'A100 80GB PCIe': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'GeForce RTX 4090': 165,
+    'GeForce RTX 3090': 71, 'Tesla T4': 65, 'Tesla V100-SXM2-16GB': 125, 'Tesla V100-SXM2-32GB': 125,
+    'AMD Instinct MI300X': 1307, 'AMD Instinct MI250X': 191.5,
+}
+
+
+def version_problem():
+    """'' or, in one line, that Python or PyTorch is too old."""
+    if sys.version_info >= (3, 10) and torch.__version__ >= (2, 9):
+        return ''
+    python = platform.python_version()
+    return f'Python {python}, PyTorch {torch.__version__}: 3.10 and 2.9 or later are needed'
+
 
 def kind(device):
     return torch.device(device).type
+
+
 def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(kind(device), getattr(torch, dtype))
+
 
 def proc(path, field):
     """What Linux says of a field in a file under /proc, sizes in bytes; '' elsewhere."""
@@ -37,115 +54,163 @@ def proc(path, field):
         return 1024 * int(value[:-3]) if value.endswith(' kB') else value
     return ''
 
-def call(device, gpu, mps, linux=''):
-    """What the module of the device says when its function of that name is called; for a CPU, what Linux says, or 0."""
-    if kind(device) == 'cpu':
-        return linux and proc('/proc/self/status', linux) or 0
-    api = torch.get_device_module(device)
-    return getattr(api, mps)() if kind(device) == 'mps' else getattr(api, gpu)(device)
 
-synchronize = partial(call, gpu='synchronize', mps='synchronize')
-peak_memory = partial(call, gpu='max_memory_allocated', mps='driver_allocated_memory', linux='VmHWM')
+def synchronize(device):
+    if kind(device) != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(device):
+    """Bytes, the most since reset_peak_memory(); 0 where the system doesn't say."""
+    if kind(device) == 'cpu':
+        return proc('/proc/self/status', 'VmHWM') or 0
+    return torch.accelerator.max_memory_allocated(device)
+
 
 def reset_peak_memory(device):
-    call(device, gpu='reset_peak_memory_stats', mps='empty_cache')
+    if kind(device) != 'cpu':
+        torch.accelerator.reset_peak_memory_stats(device)
     with suppress(OSError), open('/proc/self/clear_refs', 'w') as file:  # only Linux has it
         file.write('5')
 
+
 def backends():
-    """[(CUDA, ROCm, XPU, MPS or CPU; a device, or ''; why there is none)], in the order in which auto looks."""
-    rows, has, mps = [], torch.version, torch.backends.mps
-    for name, word, built, api in [('CUDA', 'cuda', has.cuda, torch.cuda), ('ROCm', 'cuda', has.hip, torch.cuda),
-                                   ('XPU', 'xpu', has.xpu, torch.xpu), ('MPS', 'mps', mps.is_built(), mps)]:
-        cards = range(1 if word == 'mps' else api.device_count()) if built and api.is_available() else []
+    """[(CUDA, ROCm, XPU, MPS or CPU; a device, or ''; why there is none)], in auto's order."""
+    rows, has = [], torch.version
+    for name, word, built in [('CUDA', 'cuda', has.cuda), ('ROCm', 'cuda', has.hip), ('XPU', 'xpu', has.xpu),
+                              ('MPS', 'mps', torch.backends.mps.is_built())]:
+        api = getattr(torch, word)
+        usable = built and (name == 'MPS' or api.is_available())  # too old a driver still counts the cards
+        cards = range(api.device_count()) if usable else []
+        reason = 'no card that PyTorch can use, or its driver is missing or too old'
+        if not built:
+            reason = f'this PyTorch is built without {name}'
         if cards and name == 'CUDA':  # less those older than every one that this PyTorch was built for
             oldest = min([int(re.sub(r'\D', '', arch)) for arch in api.get_arch_list()], default=0)
             cards = [i for i in cards if int('%d%d' % api.get_device_capability(i)) >= oldest]
-        reason = 'no card for it, or no driver' if built else f'this PyTorch is built without {name}'
-        rows += [(name, word if word == 'mps' else f'{word}:{i}', '') for i in cards] or [(name, '', reason)]
+        if cards and name == 'MPS' and torch.__version__ < (2, 13):
+            # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
+            # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
+            cards, reason = [], 'needs PyTorch 2.13 or later, earlier releases have faults in attention'
+        rows += [(name, f'{word}:{i}', '') for i in cards] or [(name, '', reason)]
     return [*rows, ('CPU', 'cpu', '')]
 
+
 def pick_device(wish='auto'):
-    """The torch device for auto, cuda, cuda:1, rocm, xpu, mps or cpu; ValueError naming what is there if it isn't."""
-    found, name = backends(), wish.replace('rocm', 'cuda') if torch.version.hip else wish
-    there = [device for _, device, _ in found if device]
-    fits = [device for device in there if name in ('auto', kind(device))]
-    if not fits and name not in there:
-        why = ''.join(f'{reason}; ' for backend, _, reason in found if backend.lower() == wish)
-        raise ValueError(f'device {wish}: {why}there is {", ".join(there)}')
-    return fits[0].removesuffix(':0') if fits else name
+    """The torch device for auto, cuda, cuda:1, rocm, xpu, mps or cpu; ValueError if it isn't there."""
+    name = wish.replace('rocm', 'cuda') if torch.version.hip else wish
+    there = [device for _, device, _ in backends() if device]
+    fits = [device for device in there if name in (device, kind(device), 'auto')]
+    if not fits:
+        why = ''.join(f'{reason}; ' for backend, _, reason in backends() if backend.lower() == wish)
+        raise ValueError(f'device {wish}: {why}use {" or ".join(f"--device={device}" for device in there)}')
+    return fits[0] if fits[0] == name else fits[0].removesuffix(':0')
+
 
 def dtypes(device):
-    """Which of float32, TF32, float16, bfloat16 the hardware computes in; what is only emulated does not count."""
-    tf32, half, bfloat = False, kind(device) != 'cpu', kind(device) == 'mps'
+    """Those of float32, TF32, float16, bfloat16 that the hardware computes in, not those it emulates."""
     if kind(device) == 'cpu':
-        bfloat = bool(re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', proc('/proc/cpuinfo', 'flags|Features')))
+        flags = proc('/proc/cpuinfo', 'flags|Features')
+        half, bfloat = False, re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', flags)
+    elif kind(device) == 'mps':
+        half, bfloat = True, True
     elif kind(device) == 'xpu':
-        bfloat = torch.xpu.get_device_properties(device).has_bfloat16_conversions
-    elif kind(device) == 'cuda' and torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
-        bfloat = bool(re.match('gfx(908|90a|94|95|11|12)', torch.cuda.get_device_properties(device).gcnArchName))
-    elif kind(device) == 'cuda':  # not torch.cuda.is_bf16_supported(): it counts emulation
+        half, bfloat = True, torch.xpu.get_device_properties(device).has_bfloat16_conversions
+    elif torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
+        card = torch.cuda.get_device_properties(device).gcnArchName
+        half, bfloat = True, re.match('gfx(908|90a|94|95|11|12)', card)
+    else:  # not torch.cuda.is_bf16_supported(): it counts emulation
         capability = torch.cuda.get_device_capability(device)
-        tf32, half, bfloat = capability >= (8, 0), capability >= (5, 3), capability >= (8, 0)
-    return ['float32', *['TF32'] * tf32, *['float16'] * half, *['bfloat16'] * bfloat]
+        half, bfloat = capability >= (5, 3), capability >= (8, 0)
+    tf32 = bfloat and kind(device) == 'cuda' and not torch.version.hip
+    found = {'float32': True, 'TF32': tf32, 'float16': half, 'bfloat16': bfloat}
+    return [dtype for dtype in found if found[dtype]]
+
 
 def pick_dtype(device, wish='auto'):
-    """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device doesn't compute in the wish."""
+    """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device lacks it."""
     there = [dtype for dtype in dtypes(device) if dtype != 'TF32']
-    if wish == 'auto':  # Apple's GPUs are about as fast in float32, and nothing overflows
+    if wish == 'auto':
         tensor_cores = kind(device) == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
-        wish = 'bfloat16' if 'bfloat16' in there and kind(device) != 'mps' else 'float16' if tensor_cores else 'float32'
+        wish = 'float16' if tensor_cores else 'float32'
+        if 'bfloat16' in there and kind(device) != 'mps':  # Apple's GPUs are about as fast in float32
+            wish = 'bfloat16'
     if wish not in there:
-        raise ValueError(f'dtype {wish}: {device_name(device)} computes in {", ".join(there)}')
+        name = device_name(device)
+        raise ValueError(f'dtype {wish}: {device} ({name}) computes only in {", ".join(there)}')
     return wish
 
+
 def set_up(device, threads=0):
-    """TF32 for float32 products on a GPU; on the CPU the number of threads (0: torch's own) and malloc's habits."""
+    """TF32 for float32 products on a GPU; on the CPU the number of threads (0: torch's own) and malloc."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    # On a CPU 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as fast. With AMX
-    flags = proc('/proc/cpuinfo', 'flags')  # they would be rounded to bfloat16.
-    right = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
-    torch.set_float32_matmul_precision(right if kind(device) == 'cpu' else 'high')
-    with suppress(OSError, AttributeError):  # glibc's: keeping freed tensors saves faulting their pages in again,
-        mallopt = ctypes.CDLL('libc.so.6').mallopt  # 6 % of the CPU time of a step at 1.6M parameters
-        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; an older glibc allows 32 MiB
+    precision = 'high'
+    if kind(device) == 'cpu':
+        # 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as
+        # fast; with AMX they would become bfloat16.
+        flags = proc('/proc/cpuinfo', 'flags')
+        precision = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
+    torch.set_float32_matmul_precision(precision)
+    with suppress(OSError, AttributeError):  # where there is no glibc
+        # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
+            mallopt(-3, 1 << 25)  # all that an older glibc allows
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
-def train_step(device, dtype, wrap=lambda function: function):
-    """One step of a tiny network -> its gradient, on the CPU. Nothing is random, so that no run's numbers change."""
-    x = torch.arange(4096.).sin().view(64, 64).to(device)
-    weight = (x / 8).requires_grad_()
-    with autocast(device, dtype):
-        y = wrap(lambda x: torch.nn.functional.gelu(x @ weight))(x)
-    y.float().square().sum().backward()
-    torch.optim.AdamW([weight], fused=True).step()
-    return weight.grad.cpu()
+
+def fastest_threads(work, most):
+    """most or 1: the number of CPU threads with which work() is faster now, tried for a second and then set.
+    Where another program has the cores, threads that wait for each other can be far slower than one."""
+    times = {most: [], 1: []}
+    work()  # the first time is slower
+    for threads in (most, 1, 1, most, most, 1):
+        if not times[threads] or sum(times[most] + times[1]) < 0.7:
+            torch.set_num_threads(threads)
+            times[threads].append(timeit.timeit(work, number=1))
+    best = min(times, key=lambda threads: statistics.median(times[threads]))
+    torch.set_num_threads(best)
+    return best
+
 
 def compile_problem(device):
-    """'' when one tiny compiled training step works in this process, else why not, in one line. Prints nothing."""
-    problem = 'off on MPS' if kind(device) == 'mps' else ''
+    """'' when one tiny compiled training step works here, else why not, in one line. Prints nothing."""
+    if kind(device) == 'mps':
+        return 'off on MPS'
+    x = torch.arange(4096.).view(64, 64).to(device)
+    weight = torch.ones_like(x, requires_grad=True)
+    problem = ''
     logging.disable()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         try:
-            problem or train_step(device, 'float32', torch.compile)
+            torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
         except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
             problem = f'{type(error).__name__}: {error}'.partition('Set TORCHDYNAMO')[0]
     logging.disable(logging.NOTSET)
     return ' '.join(problem.split())[:150]
 
+
 def device_name(device):
     if kind(device) in ('cuda', 'xpu'):
         return torch.get_device_module(device).get_device_name(device)
+    if kind(device) == 'mps':
+        return 'Apple GPU'
     name = proc('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine()
-    return 'Apple GPU' if kind(device) == 'mps' else f'{name}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'{name}, {threads} thread' if threads == 1 else f'{name}, {threads} threads'
+
 
 def peak_flops(device, dtype):
     """(FLOP/s, 'vendor') from the table, or (0.0, 'unknown'), as it is for float32."""
-    peak = 1e12 * PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
-    return (peak, 'vendor') if peak and dtype != 'float32' and dtype in dtypes(device) else (0.0, 'unknown')
+    peak = PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
+    known = peak and dtype != 'float32' and dtype in dtypes(device)
+    return (1e12 * peak, 'vendor') if known else (0.0, 'unknown')
+
 
 def fastest(device, work):
-    return min(timeit.repeat(lambda: (work(), synchronize(device)), number=1, repeat=12))  # seconds
+    """Seconds, the least of twelve tries."""
+    return min(timeit.repeat(lambda: (work(), synchronize(device)), number=1, repeat=12))
+
 
 def measure_flops(device, dtype):
     """FLOP/s of a large matrix product of random numbers."""
@@ -153,48 +218,60 @@ def measure_flops(device, dtype):
     x = torch.randn(n, n, device=device).to(getattr(torch, dtype))
     return 2 * n ** 3 / fastest(device, lambda: x @ x)
 
+
 def measure_bandwidth(device):
     """Bytes/s of reading a tensor much larger than the caches."""
     x = torch.ones((64 if kind(device) == 'cpu' else 256) * 2 ** 20, device=device)
     return x.nbytes / fastest(device, x.sum)
 
+
 def describe(device):
-    free, total = (torch.get_device_module(device).mem_get_info(device) if kind(device) in ('cuda', 'xpu') else
-                   [proc('/proc/meminfo', field) or 0 for field in ('MemAvailable', 'MemTotal')])
-    return {'name': device_name(device), 'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1),
-            'capability': '%d.%d' % torch.cuda.get_device_capability(device) if kind(device) == 'cuda' else '',
-            'dtypes': ' '.join(dtypes(device)), 'peak_tflops': peak_flops(device, 'float16')[0] / 1e12 or 'unknown'}
+    free, total = proc('/proc/meminfo', 'MemAvailable') or 0, proc('/proc/meminfo', 'MemTotal') or 0
+    if kind(device) in ('cuda', 'xpu'):
+        free, total = torch.get_device_module(device).mem_get_info(device)
+    capability = '%d.%d' % torch.cuda.get_device_capability(device) if kind(device) == 'cuda' else ''
+    return {'name': device_name(device), 'capability': capability, 'dtypes': ' '.join(dtypes(device)),
+            'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1),
+            'peak_tflops': peak_flops(device, 'float16')[0] / 1e12 or 'unknown'}
+
 
 def report():
-    rows = [{'backend': name, 'device': device, **(describe(device) if device else {'reason': reason})}
-            for name, device, reason in backends()]
-    old = tuple(map(int, re.findall(r'\d+', torch.__version__)[:2])) < (2, 9)
+    rows = []
+    for name, device, reason in backends():
+        facts = describe(device) if device else {'reason': reason}
+        rows.append({'backend': name, 'device': device, **facts})
+    device = pick_device()
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': os.cpu_count(),
-            'problem': 'too old: PyTorch 2.9 on Python 3.10 is needed' if old else '',
-            'device': pick_device(), 'dtype': pick_dtype(pick_device()), 'table': rows}
+            'problem': version_problem(), 'device': device, 'dtype': pick_dtype(device), 'table': rows}
+
 
 def table():
-    """The report for people, coloured on a terminal."""
-    facts, lines = report(), []
-    for row in [{column: column for column in facts['table'][-1]}, *facts['table']]:
-        line = ''.join(str(value).ljust(width) for value, width in zip(row.values(), (9, 8, 32, 12, 10, 12, 34, 0)))
-        lines.append(f'\033[{31 if "reason" in row else 32}m{line}\033[0m' if sys.stdout.isatty() else line.rstrip())
-    return '\n'.join([*lines, '', 'Python {python}, PyTorch {torch}, {cores} cores {problem}'.format(**facts),
-                      'train.py would pick {device}, the first there, and {dtype}, the shortest it is fast in'.format(**facts)])
+    """The report for people, at most 100 columns wide."""
+    facts = report()
+    lines = ['        device  free memory    computes in                    name', '-' * 100]
+    for row in facts['table']:
+        about = row.get('reason')
+        if row['device']:
+            free, total = row['free_gib'], row['memory_gib']
+            memory = f'{free:.0f} of {total:.0f} GiB' if total else 'unknown'
+            about = f'{row["device"]:8}{memory:15}{row["dtypes"]:31}{row["name"]}'
+        lines.append(f'{row["backend"]:8}{about}'[:100])
+    advice = f'train.py would use {facts["device"]} (the first available) in {facts["dtype"]}'
+    versions = f'Python {facts["python"]}, PyTorch {facts["torch"]}, {facts["cores"]} CPU cores'
+    return '\n'.join([*lines, '', versions, facts['problem'] or advice])
+
 
 if __name__ == '__main__':
-    from configurator import ask, configure
+    from configurator import ask, configure, set_up_output
+    set_up_output()
     globals().update(configure(__file__))
     if interactive:
         device = ask('device', pick_device(), pick_device)
-        print(f'--device={device} --dtype={ask("dtype", pick_dtype(device), lambda wish: pick_dtype(device, wish))}')
-    elif check:
-        right = train_step('cpu', 'float32')
-        for device, dtype in [(d, t) for _, d, _ in backends() if d for t in dtypes(d) if t != 'TF32']:
-            off = float((train_step(device, dtype) - right).norm() / right.norm())
-            seconds = fastest(device, lambda: train_step(device, dtype))
-            print(f'{device:8}{dtype:10}{1000 * seconds:6.1f} ms, {off:.2%} off', flush=True)
-            if not off <= 0.02:  # bfloat16 rounds by up to 0.4 %, several times
-                sys.exit(f'{device} computes {dtype} wrong')
+        dtype = ask('dtype', pick_dtype(device), lambda wish: pick_dtype(device, wish))
+        print(f'--device={device} --dtype={dtype}')
+    elif recommended:
+        print(pick_device())
+    elif json:
+        print(dumps(report(), indent=2))
     else:
-        print(pick_device() if recommended else dumps(report(), indent=2) if json else table())
+        print(table())

@@ -1,6 +1,8 @@
-"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; its optimizer, generation, checkpoints.
+"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; sampling, its optimizer, checkpoints.
 
     python model.py        # the presets, and a forward, a backward and a generation as a self-check
+
+Each formula stands here once. What exists for speed or memory alone is the last section, which need not be read.
 """
 
 import functools
@@ -8,14 +10,72 @@ import math
 import os
 import pickle
 import zipfile
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------
+# Shape
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256  # context: the positions a token can look back on, itself included
+    vocab_size: int = 8192  # distinct tokens
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # query heads
+    n_kv_head: int = 0  # key and value heads, a divisor of n_head; 0: as many as query heads
+    n_embd: int = 384  # width
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
+    mlp_ratio: float = 2.66  # hidden width over n_embd (SwiGLU has three matrices: 8/3 costs what 4 costs GELU)
+    dropout: float = 0.0  # 0.1 to 0.3 where the data is seen many times
+    bias: bool = False  # biases in the linear layers and LayerNorm
+    use_rms_norm: bool = True  # RMSNorm; false: LayerNorm
+    use_swiglu: bool = True  # SwiGLU; false: GELU
+    qk_norm: bool = True  # normalise queries and keys, per head
+    rope_theta: float = 10000.0  # base of the rotation frequencies
+    norm_eps: float = 1e-6  # added to the mean square in norms
+    gradient_checkpointing: bool = False  # a third more time for far less memory
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                value = float(value)
+                setattr(self, field.name, value)
+            if type(value) is not field.type:
+                raise ValueError(f'{field.name} is {value!r}: it must be of type {field.type.__name__}')
+            if field.type in (int, float) and not abs(value) < 2**24:  # not nan either
+                raise ValueError(f'{field.name} is {value}: it must be below 2^24')
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} does not divide into n_head {self.n_head}')
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head {self.n_head} does not divide into n_kv_head {self.n_kv_head}')
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f'head_dim is {self.head_dim}, but RoPE turns pairs: it must be even')
+        if self.n_layer > 1000:
+            raise ValueError(f'n_layer is {self.n_layer}: it must be at most 1000')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and below 1')
+        for name in ('mlp_ratio', 'rope_theta', 'norm_eps'):
+            if not getattr(self, name) > 0:
+                raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0')
+
+    @property
+    def hidden_dim(self):
+        return 64 * math.ceil(round(self.mlp_ratio * self.n_embd / 64, 6))
+
 
 # near 10M, 25M, 80M and 350M parameters, the embedding (which is also the head) included
 presets = {
@@ -26,223 +86,105 @@ presets = {
 }
 
 
-@dataclass
-class GPTConfig:
-    block_size: int = 256  # positions a token can look back on, itself included
-    vocab_size: int = 8192
-    n_layer: int = 6
-    n_head: int = 6
-    n_kv_head: int = 2  # divides n_head
-    n_embd: int = 384
-    mlp_ratio: float = 2.66  # hidden width over n_embd; SwiGLU has three matrices, so 8/3 costs what 4 costs GELU
-    dropout: float = 0.0
-    bias: bool = False
-    use_rms_norm: bool = True  # else LayerNorm
-    use_swiglu: bool = True  # else GELU
-    qk_norm: bool = True
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is {getattr(self, name)}: it must be at least 1')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd {self.n_embd} does not divide into n_head {self.n_head}')
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head {self.n_head} does not divide into n_kv_head {self.n_kv_head}')
-        if self.head_dim % 2:
-            raise ValueError(f'RoPE turns pairs: n_embd {self.n_embd} / n_head {self.n_head} must be even')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout is {self.dropout}: it must be at least 0 and below 1')
-        if self.mlp_ratio <= 0:
-            raise ValueError(f'mlp_ratio is {self.mlp_ratio}: it must be above 0')
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
-
-    @property
-    def hidden_dim(self):
-        return math.ceil(self.mlp_ratio * self.n_embd / 64) * 64
+def config_from(settings, cls=GPTConfig, **changes):
+    """The GPTConfig of a script's settings, which have a value for each of its fields."""
+    return cls(**{field.name: settings[field.name] for field in fields(cls)} | changes)
 
 
 # ----------------------------------------------------------------------------
-# The parts. Where autograd would keep or move more than the mathematics needs, the backward is written out: on a CPU
-# these elementwise passes take as long as the matrix products, and what is kept for backward is most of the memory.
+# The model
 
 
-class RMSNorm(Function):
-    """x / rms(x) over the last dimension; https://arxiv.org/abs/1910.07467 (4). No gain: every norm but the last is
-    followed by a matrix that can hold it. Only the output is kept for backward, in autocast's precision, as the next
-    matrix keeps it anyway."""
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; https://arxiv.org/abs/1910.07467 (4)."""
 
-    @staticmethod
-    def forward(ctx, x):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = size.square_().div_(x.size(-1)).add_(1e-6).rsqrt_()  # 1 / rms(x)
-        kind = x.device.type
-        lower = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        y = (x * scale).to(torch.get_autocast_dtype(kind) if lower else x.dtype)
-        ctx.save_for_backward(y, scale)
-        ctx.dtype = x.dtype
-        return y
+    def forward(self, x):
+        x = fast_rms_norm(x, self.eps or torch.finfo(x.dtype).eps)
+        return x if self.weight is None else x * self.weight.to(x.dtype)
 
-    @staticmethod
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        along = (grad * y).sum(-1, keepdim=True, dtype=torch.float32).div_(-y.size(-1))
-        return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype)
+
+class Linear(nn.Linear):
+    """nn.Linear that starts normal with a standard deviation of 0.5 / sqrt(inputs), its bias at zero."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.5 * self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return fast_linear(x, self.weight, self.bias)
+
+
+def make_norm(size, config):
+    if config.use_rms_norm:
+        return RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def rope(positions, config):
+    """cos and sin (T, 1, head_dim) of positions (T,), the minus of rotate's first half in sin. The angles are made in
+    float64 where the device has it: in float32 those of the ten-millionth position are off by half a turn."""
+    wide = torch.float64 if positions.device.type in ('cpu', 'cuda') else torch.float32
+    pairs = torch.arange(0, config.head_dim, 2, dtype=wide, device=positions.device)
+    angle = torch.outer(positions.to(wide), config.rope_theta ** (-pairs / config.head_dim)).unsqueeze(1)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
     """RoPE, https://arxiv.org/abs/2104.09864 (34), half against half as in Hugging Face's Llama: each pair
-    (i, i + head_dim / 2) of x (B, T, heads, head_dim) turned by its position's angle; cos, sin from rope_table."""
-    return (x * cos).addcmul_(x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+    (i, i + head_dim / 2) of x (B, T, heads, head_dim) turned by the angle of its position."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
-def rope_table(start, length, head_dim, device=None):
-    """cos and sin (length, 1, head_dim) of the positions from start on, with the minus of the first half in sin. The
-    angles are made in float64 on the CPU, so that positions in the millions still turn by the right one."""
-    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device='cpu') / head_dim)
-    angle = torch.outer(torch.arange(start, start + length, dtype=torch.float64, device='cpu'), frequency).unsqueeze(1)
-    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
-    return cos.float().to(device), sin.float().to(device)
+def attention_mask(queries, keys, config):
+    """What is added to the score of a query and a key, from their positions (T,) and (S,) -> (T, S): 0 where the key is
+    one of the block_size positions up to the query, else -inf."""
+    distance = queries[:, None] - keys
+    visible = (distance >= 0) & (distance < config.block_size)
+    return torch.where(visible, 0.0, -math.inf)
 
 
-def swiglu(gate_up):
-    """silu(gate) * up, (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-class SwiGLULinear(Function):
-    """F.linear(swiglu(gate_up), weight, bias) that keeps its arguments alone for backward: what swiglu gives is made a
-    second time there."""
-
-    @staticmethod
-    def forward(ctx, gate_up, weight, bias):
-        ctx.save_for_backward(gate_up, weight)
-        ctx.biased = bias is not None
-        return F.linear(swiglu(gate_up), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        grad_gate, grad_up = grads.chunk(2, dim=-1)
-        grad_gate.copy_(gate).sigmoid_()  # one exponential serves both halves
-        grad_up.copy_(gate).mul_(grad_gate)  # silu
-        rows = grad.flatten(0, -2)
-        grad_weight = (rows.t() @ (grad_up * up).flatten(0, -2)).to(weight.dtype)
-        grad_y = grad @ weight.to(grad.dtype)
-        grad_gate.addcmul_(grad_up, grad_gate, value=-1).add_(grad_up).mul_(grad_y * up)
-        grad_up.mul_(grad_y)
-        return grads, grad_weight, rows.sum(0).to(weight.dtype) if ctx.biased else None
-
-
-class LinearCrossEntropy(Function):
-    """Mean cross entropy of (x @ weight.T) against targets, x (N, C), weight (V, C), targets (N,), -1 does not count.
-    Logits and both gradients are made a slice of rows at a time, so that (N, V) never exists."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        counted = targets.ne(-1).sum().clamp(min=1)
-        loss = torch.zeros((), device=x.device)
-        wanted = x.requires_grad or weight.requires_grad  # False while evaluating
-        grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(weight)) if wanted else (None, None)
-        n = x.size(0)
-        rows = n if n * weight.size(0) <= 2**24 else min(8192, math.ceil(n / 16))
-        for i in range(0, n, rows):
-            h, t = x[i : i + rows], targets[i : i + rows].unsqueeze(1)
-            logits = F.linear(h, weight)  # (rows, V)
-            kept, t = t.ne(-1), t.clamp(min=0)
-            log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
-            loss -= (log_p.gather(1, t) * kept).sum()
-            if wanted:
-                d = log_p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=log_p.dtype)).mul_(kept).to(logits.dtype)
-                grad_x[i : i + rows] = d @ weight.to(d.dtype)
-                if d.dtype == grad_w.dtype:
-                    grad_w.addmm_(d.t(), h)
-                else:  # autocast: slices are added in the weight's precision; 64 keeps a slice's sum in float16's range
-                    grad_w.add_(d.t() @ (h / 64).to(d.dtype), alpha=64)
-                del d
-            del logits, log_p  # before the next ones are made
-        ctx.save_for_backward(grad_x, grad_w, counted)
-        return loss / counted
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_w, counted = ctx.saved_tensors
-        return grad_x.mul_(grad / counted), grad_w.mul_(grad / counted), None  # in place: a second backward is an error
-
-
-@functools.cache
-def shares(n, parts):
-    """0 ... n - 1, and where each of so many parts of it begins."""
-    return torch.arange(n), torch.arange(0, n, math.ceil(n / parts))
-
-
-def linear(x, weight, bias=None):
-    """F.linear. Where lay_out_for_decoding() has been, one row (on a CPU, each new token's work) is multiplied as a sum of
-    the matrix's columns weighted by x, a share for each thread: embedding_bag reads memory as fast as a plain sum does,
-    45 GB/s where the products of MKL and oneDNN, which are made for many rows, reach 20 to 28."""
-    if weight.stride(0) > 1 or x.numel() > x.size(-1) or x.dtype != weight.dtype or not x.is_cpu:
-        return F.linear(x, weight, bias)
-    parts = torch.embedding_bag(weight.t(), *shares(x.numel(), torch.get_num_threads()), False, 0, False, x.flatten())[0]
-    y = parts.sum(0).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def norm(x, config):
-    """RMSNorm or LayerNorm over the last dimension, without parameters."""
-    if not config.use_rms_norm:
-        return F.layer_norm(x, x.shape[-1:])
-    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+def attention(q, k, v, mask=None, dropout=0.0):
+    """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S, head_dim):
+    neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal."""
+    group = q.size(1) // k.size(1)
+    if group > 1:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
+        self.layer = layer
         self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm:  # per head, before the rotation, where Qwen3 has it
+            self.q_norm = make_norm(config.head_dim, config)
+            self.k_norm = make_norm(config.head_dim, config)
 
-    def forward(self, x, rope, cache=None):
-        """(B, T, C), (cos, sin) -> (B, T, C)."""
-        c, (B, T, C) = self.config, x.shape
-        qkv = self.qkv(x).view(B, T, c.n_head + 2 * c.n_kv_head, c.head_dim)
-        qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
-        if c.qk_norm:  # per head, before the rotation, where Qwen3 has it
-            qk = norm(qk, c)
-        q, k = rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2)
+    def forward(self, x, rope, mask=None, cache=None):
+        """x (B, T, C), rope (cos, sin), mask as attention() wants it -> (B, T, C)"""
+        c = self.config
+        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # (B, T, n_head + 2 n_kv_head, head_dim)
+        q, k, v = qkv.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        mask = None
         if cache is not None:
-            k, v, mask = cache.extend(self.layer, k, v)
-        group = c.n_head // c.n_kv_head
-        p_drop = c.dropout if self.training else 0.0
-        if T == 1 and cache is not None:  # the queries that share a head take the place of T: nothing is repeated
-            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_head, group, c.head_dim), k, v, attn_mask=mask)
-            y = y.reshape(B, 1, C)
-        elif cache is None and T <= 512 and q.device.type == 'cpu':
-            # plain products: on short rows forward and backward take a half to a sixth of the fused kernel's time
-            q = q.reshape(B * c.n_kv_head, group * T, c.head_dim)
-            k, v = (t.reshape(-1, T, c.head_dim) for t in (k, v))
-            future = q.new_full((T, T), -math.inf).triu_(1).repeat(group, 1)
-            p = torch.baddbmm(future, q, k.mT, alpha=c.head_dim**-0.5).softmax(-1)  # (B * n_kv_head, group * T, T)
-            y = torch.bmm(F.dropout(p, p_drop), v).view(B, c.n_head, T, c.head_dim).transpose(1, 2).reshape(B, T, C)
-        else:
-            if group > 1 and q.device.type == 'cpu':  # enable_gqa takes 1.2 times as long there
-                k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, mask, p_drop, is_causal=mask is None, enable_gqa=k.size(1) != c.n_head)
-            y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.proj(y), c.dropout, self.training)
+            k, v = cache.extend(self.layer, k, v)
+        y = fast_attention(q, k, v, mask, c.dropout if self.training else 0.0)
+        y = self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return F.dropout(y, c.dropout, self.training)
+
+
+def swiglu(x):
+    """silu(gate) * up, (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -252,134 +194,85 @@ class MLP(nn.Module):
         self.up = Linear(config.n_embd, config.hidden_dim * (2 if config.use_swiglu else 1), bias=config.bias)
         self.down = Linear(config.hidden_dim, config.n_embd, bias=config.bias)
 
+    def project(self, x):
+        return self.down(swiglu(x) if self.config.use_swiglu else F.gelu(x))
+
     def forward(self, x):
-        x = self.up(x)
-        if self.config.use_swiglu and torch.is_grad_enabled():  # where a change to down has to be made, too
-            x = SwiGLULinear.apply(x, self.down.weight, self.down.bias)
-        else:
-            x = self.down(swiglu(x) if self.config.use_swiglu else F.gelu(x))
+        x = fast_recompute(self.project, self.up(x))
         return F.dropout(x, self.config.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.config = config
+        self.attention_norm = make_norm(config.n_embd, config)
         self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.attention(norm(x, self.config), rope, cache)
-        return x + self.mlp(norm(x, self.config))
+    def forward(self, x, rope, mask=None, cache=None):
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
 
 
-class KVCache:
-    """Keys and values of the last block_size positions, a ring: position p lies in slot p % block_size. Past block_size
-    this is sliding-window attention: the meaning is a forward over everything with a banded mask of that width."""
-
-    def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.cos, self.sin = rope_table(0, config.block_size, config.head_dim, device)  # of this lap around the ring
-        self.config, self.position, self.lap = config, 0, 0
-        # On a GPU one token's step has fixed shapes, every slot read and a mask on the empty ones, so that a graph can
-        # hold it; `fixed` has its slot and the last filled one. Elsewhere only the filled slots are read.
-        on_gpu = torch.device(device).type == 'cuda'
-        self.fixed = torch.zeros(2, 1, dtype=torch.int64, device=device) if on_gpu else None
-
-    def place(self, T):
-        """Get ready for the next T positions, which lie in one lap."""
-        size = self.config.block_size
-        lap, self.start = divmod(self.position, size)
-        if lap != self.lap:
-            self.lap = lap
-            cos, sin = rope_table(self.position - self.start, size, self.config.head_dim)
-            self.cos.copy_(cos)
-            self.sin.copy_(sin)
-        self.mask = None
-        if T > 1 and self.position > 0:
-            past = min(self.position, size - 1)
-            self.mask = torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past).triu(past - size + 1)
-        if self.fixed is not None:
-            self.fixed[0].fill_(self.start)
-            self.fixed[1].fill_(min(self.position, size - 1))
-
-    def rope(self, T):
-        if T == 1 and self.fixed is not None:
-            return self.cos.index_select(0, self.fixed[0]), self.sin.index_select(0, self.fixed[0])
-        return self.cos[self.start : self.start + T], self.sin[self.start : self.start + T]
-
-    def extend(self, layer, k, v):
-        """Store k and v (B, n_kv_head, T, head_dim); return the keys, values and mask (or None) to attend with."""
-        old_k, old_v, T, start = self.k[layer], self.v[layer], k.size(2), self.start
-        if T == 1 and self.fixed is not None:
-            old_k.index_copy_(2, self.fixed[0], k)
-            old_v.index_copy_(2, self.fixed[0], v)
-            return old_k, old_v, torch.arange(self.config.block_size, device=k.device) <= self.fixed[1]
-        if T == 1:
-            old_k.narrow(2, start, 1).copy_(k)
-            old_v.narrow(2, start, 1).copy_(v)
-            filled = min(self.position + 1, self.config.block_size)
-            return old_k.narrow(2, 0, filled), old_v.narrow(2, 0, filled), None
-        older = [slice(start + 1, None)] * (self.lap > 0) + [slice(0, start)]  # what a window can still reach, in order
-        keys = torch.cat([*(old_k[:, :, slots] for slots in older), k], dim=2)
-        values = torch.cat([*(old_v[:, :, slots] for slots in older), v], dim=2)
-        old_k[:, :, start : start + T], old_v[:, :, start : start + T] = k, v
-        return keys, values, self.mask
-
-    def repeat(self, n):
-        """Go on as n copies of the one sequence read so far."""
-        self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+def token_loss(logits, targets):
+    """Sum of the cross entropies, in nats, of logits (N, vocab_size) against targets (N,); -1 does not count."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # its matrix is the head as well
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        for name, table in zip(('cos', 'sin'), rope_table(0, config.block_size, config.head_dim)):
-            self.register_buffer(name, table, persistent=False)
-        for p in self.parameters():
-            if p.dim() < 2:
-                nn.init.zeros_(p)
-            else:
-                nn.init.normal_(p, std=(1 if p is self.embedding.weight else 0.5 * p.size(1) ** 0.5) / p.size(1))
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config.n_embd, config)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight  # tied: one matrix for both
+        nn.init.normal_(self.embedding.weight, std=1 / config.n_embd)
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
-        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size) and a scalar;
-        return_logits=False gives None and the scalar, and never holds all logits at once. Without targets: the last
-        position's (B, 1, vocab_size) and None. T is at most block_size, or with a cache, which it continues, any."""
-        size = self.config.block_size
+        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size) and their mean
+        cross entropy; return_logits=False gives None and the loss, and never holds all logits at once. Without targets:
+        the last position's (B, 1, vocab_size) and None. T is at most block_size, or with a cache, which it continues, any."""
         if cache is not None:
-            while input_ids.size(1):
-                part, input_ids = input_ids.tensor_split([size - cache.position % size], dim=1)  # one lap at a time
-                cache.place(part.size(1))
-                logits = self.continued(part, cache)
-                cache.position += part.size(1)
-            return logits, None
-        if input_ids.size(1) > size:
-            raise ValueError(f'{input_ids.size(1)} positions are more than block_size {size}')
-        x = self.trunk(input_ids, (self.cos[: input_ids.size(1)], self.sin[: input_ids.size(1)]))
+            for part in input_ids.split(self.config.block_size, dim=1):
+                x = self.trunk(part, cache)
+            return self.logits(x[:, -1:]), None
+        if input_ids.size(1) > self.config.block_size:
+            raise ValueError(f'{input_ids.size(1)} positions are more than block_size {self.config.block_size}')
+        x = self.trunk(input_ids)
         if targets is None:
-            return F.linear(x[:, -1:], self.embedding.weight), None
+            return self.logits(x[:, -1:]), None
+        counted = targets.ne(-1).sum().clamp(min=1)
         if not return_logits:
-            return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.embedding.weight, targets.flatten())
-        logits = F.linear(x, self.embedding.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            loss = fast_loss(lambda x, targets: token_loss(self.logits(x), targets), x, targets, self)
+            return None, loss / counted
+        logits = self.logits(x)
+        return logits, token_loss(logits.flatten(0, 1), targets.flatten()) / counted
 
-    def trunk(self, input_ids, rope, cache=None):
-        x = F.dropout(self.embedding(input_ids), self.config.dropout, self.training)
+    def trunk(self, input_ids, cache=None):
+        """(B, T) -> (B, T, C), all but the head"""
+        if cache is None:
+            positions = keys = torch.arange(input_ids.size(1), device=input_ids.device)
+        else:
+            positions, keys = cache.advance(input_ids.size(1))
+        x = self.embedding(input_ids)
+        mask = None  # plain causal attention, for which there are the fastest kernels
+        if keys is not positions:
+            mask = attention_mask(positions, keys, self.config).to(x.dtype)
+        turns = rope(positions, self.config)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, turns, mask, use_reentrant=False)
             else:
-                x = block(x, rope, cache)
-        return norm(x, self.config)
+                x = block(x, turns, mask, cache)
+        return self.norm(x)
 
-    def continued(self, input_ids, cache):
-        x = self.trunk(input_ids, cache.rope(input_ids.size(1)), cache)
-        return linear(x[:, -1:], self.embedding.weight)
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size)"""
+        return self.head(x)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -387,20 +280,15 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Of a training step, forward and backward: 6 N + 12 L H Q T; appendix B of https://arxiv.org/abs/2204.02311."""
         c = self.config
-        return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
-
-    def lay_out_for_decoding(self):
-        """Store the matrices column by column, same shape, same values, as linear() wants them for one row on a CPU."""
-        for p in self.parameters():
-            if p.dim() == 2:
-                p.data = p.data.t().contiguous().t()
+        return 6 * self.n_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, generator=None,
                stop_token=None, cache=None):
-        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples goes at one prompt (1, T).
-        A row that has drawn stop_token repeats it; the text ends when every row has. With a cache, input_ids go on from
-        what it has read. T and max_new_tokens have no limit: a token sees the block_size positions up to itself."""
+        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of one prompt
+        (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. With a cache, input_ids
+        continue what it has read. T and max_new_tokens have no limit: a token sees the block_size positions up to itself.
+        The arithmetic is that of the weights: model.to(torch.bfloat16) first for speed."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f'input_ids must be (B, T) with at least one token each, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
@@ -411,6 +299,7 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
+            fast_layout(self, by_columns=True)
             input_ids = input_ids.to(weight.device)
             if cache is None:
                 cache = KVCache(self.config, input_ids.size(0), weight.device, weight.dtype)
@@ -418,9 +307,7 @@ class GPT(nn.Module):
             if num_samples > 1:
                 cache.repeat(num_samples)
                 logits = logits.repeat_interleave(num_samples, dim=0)
-            step = lambda ids: self(ids, cache=cache)[0]
-            if weight.device.type == 'cuda' and max_new_tokens > 1:
-                step = captured(self, cache)
+            step = fast_step(self, cache)
             ended = torch.zeros(logits.size(0), dtype=torch.bool, device=weight.device)
             for i in range(max_new_tokens):
                 ids = sample(logits[:, -1], temperature, top_k, top_p, generator)
@@ -432,6 +319,8 @@ class GPT(nn.Module):
                     break
                 logits = step(ids.unsqueeze(1))
         finally:
+            if was_training:
+                fast_layout(self, by_columns=False)
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
@@ -440,27 +329,74 @@ class GPT(nn.Module):
         return torch.cat((input_ids.to(new.device).expand(new.size(0), -1), new), dim=1)
 
 
-def captured(model, cache):
-    """The one-token step as a CUDA graph: one launch a token instead of some hundred."""
-    ids = torch.zeros(cache.k.size(1), 1, dtype=torch.int64, device=cache.k.device)
-    cache.place(1)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model.continued(ids, cache)  # warms up; the slot it writes is written again by the first real step
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread may be preparing batches
-        logits = model.continued(ids, cache)
+def create_model(preset, **changes):
+    """A GPT of one of the presets; changes are GPTConfig fields."""
+    if preset not in presets:
+        raise ValueError(f"there is no preset '{preset}': choose one of {', '.join(presets)}")
+    return GPT(GPTConfig(**{**presets[preset], **changes}))
 
-    def step(next_ids):
-        cache.place(1)
-        ids.copy_(next_ids)
-        graph.replay()
-        cache.position += 1
-        return logits
 
-    return step
+# ----------------------------------------------------------------------------
+# KV cache and sampling
+
+
+class KVCache:
+    """Keys and values of the last block_size positions. Position p is kept in slot p % size, and `at` has the position
+    that each slot holds, so that attention_mask() follows from positions alone: a text may go on for ever, and past
+    block_size the meaning is a forward over all of it with a banded mask of that width. size grows with the text, by
+    doubling, up to block_size. One token is written first and then attends to the slots; of several at once the first
+    still need what the last will replace, so they attend to the slots and to one another, and are written afterwards."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        self.config = config
+        self.length = 0  # positions read so far,
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and the same where a CUDA graph can count on
+        self.at = torch.empty(0, dtype=torch.int64, device=device)
+        shape = (config.n_layer, batch_size, config.n_kv_head, 0, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+
+    def make_room(self, T):
+        """Slots for T more positions, as far as block_size allows."""
+        size = self.at.numel()
+        wanted = min(self.length + T, self.config.block_size)
+        if size < wanted:
+            more = min(self.config.block_size, max(128, 2 ** math.ceil(math.log2(wanted)))) - size
+            nowhere = 2**62  # a position that no query has reached
+            self.at = F.pad(self.at, (0, more), value=nowhere)
+            self.k = F.pad(self.k, (0, 0, 0, more))
+            self.v = F.pad(self.v, (0, 0, 0, more))
+
+    def advance(self, T):
+        """Go on by T positions, at most block_size -> them (T,), and those of the keys that extend() will return (S,)."""
+        self.make_room(T)
+        self.begins = self.length == 0
+        positions = keys = self.next + torch.arange(T, device=self.next.device)
+        self.slots = positions % self.at.numel()
+        if T > 1 and not self.begins:
+            keys = torch.cat((self.at, positions))
+        self.at.index_copy_(0, self.slots, positions)
+        if T == 1:
+            keys = self.at
+        self.next += T
+        self.length += T
+        return positions, keys
+
+    def extend(self, layer, k, v):
+        """Store k and v (B, n_kv_head, T, head_dim); the keys and values to attend to."""
+        past_k, past_v = self.k[layer], self.v[layer]
+        keys, values = k, v
+        if k.size(2) == 1:
+            keys, values = past_k, past_v
+        elif not self.begins:
+            keys, values = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+        past_k.index_copy_(2, self.slots, k)
+        past_v.index_copy_(2, self.slots, v)
+        return keys, values
+
+    def repeat(self, n):
+        """Go on as n copies of the one sequence read so far."""
+        self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -478,28 +414,23 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 
-def create_model(preset, **changes):
-    """A GPT of one of the presets; changes are GPTConfig fields."""
-    if preset not in presets:
-        raise ValueError(f"there is no preset '{preset}': take one of {', '.join(presets)}")
-    return GPT(GPTConfig(**{**presets[preset], **changes}))
-
-
 # ----------------------------------------------------------------------------
-# Optimizers
+# Optimizer
 
 
-def inverse_root(gram, steps=5):
-    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values of about 0.7
-    to 1.2 (all but the very smallest), so it is about the nearest orthogonal matrix. This is the quintic of https://kellerjordan.github.io/posts/muon, which needs no more than X X'. It
-    wants float32 (TF32 will do): in bfloat16 a spectrum over two decades came out wrong by 18 %."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    for i in range(steps):
+def inverse_root(gram):
+    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values between 0.7
+    and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four steps of
+    https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do): in bfloat16 a spectrum
+    over two decades came out wrong by 18 %."""
+    steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518), (3.3184, -2.4885, 0.51))
+    root = None
+    for a, b, c in steps:
+        if root is not None:
+            gram = p @ gram @ p
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=1, dim2=2).add_(a)
-        root = p @ root if i else p
-        if i + 1 < steps:
-            gram = p @ gram @ p
+        root = p if root is None else p @ root
     return root
 
 
@@ -521,7 +452,7 @@ class Muon(torch.optim.AdamW):
                     if p.grad is not None:
                         sizes.setdefault(min(p.shape), []).append(p)
                 for params in sizes.values():
-                    self.muon_step(params, **{name: group[name] for name in ('lr', 'momentum', 'weight_decay')})
+                    self.muon_step(params, group['lr'], group['momentum'], group['weight_decay'])
         return super().step(closure)
 
     def muon_step(self, params, lr, momentum, weight_decay):
@@ -555,28 +486,51 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay):
-    """'adamw', or 'muon': the blocks' matrices by Muon, embedding and biases by AdamW. Decay is on matrices only, with
-    Muon on the blocks' only. Each group has its 'peak_lr'."""
+    """'muon': the blocks' linear layers by Muon, every other parameter, whatever its shape, by AdamW; 'adamw': all by
+    AdamW. Decay is on what has two dimensions or more; with Muon on Muon's alone. Each group has its 'peak_lr'."""
     if kind not in ('adamw', 'muon'):
         raise ValueError(f"optimizer is '{kind}': it must be muon or adamw")
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    embedding = dict(params=[model.embedding.weight], weight_decay=weight_decay if kind == 'adamw' else 0.0)
-    groups = [dict(params=matrices, weight_decay=weight_decay), embedding, dict(params=vectors, weight_decay=0.0)]
+    hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
+    groups = [
+        dict(params=hidden, weight_decay=weight_decay),
+        dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay if kind == 'adamw' else 0.0),
+        dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0),
+    ]
     if kind == 'muon':
         groups[0].update(muon=True, lr=muon_learning_rate, momentum=muon_momentum)
-    made = Muon([g for g in groups if g['params']], lr=learning_rate, betas=betas, fused=True)
-    for group in made.param_groups:
+    optimizer = Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=True)
+    for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
-    return made
+    times = Counter(p for group in optimizer.param_groups for p in group['params'])
+    for name, p in model.named_parameters():
+        if times[p] != 1:
+            raise ValueError(f'{name} is in {times[p]} groups of the optimizer: it must be in one')
+    return optimizer
+
+
+def load_optimizer(optimizer, state):
+    """A checkpoint's optimizer state into this optimizer, whose own options, which may have changed, stay."""
+    options = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, options):
+            group.update(own)
+        for p, values in optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value):  # dense, and of the weight's shape, or a factor of it
+                    right = value.layout == torch.strided and value.dtype in (p.dtype, torch.float32)
+                    if not right or torch.broadcast_shapes(value.shape, p.shape) != p.shape:
+                        raise ValueError(f'{name} is {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
 
 
 # ----------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain values, which torch.load reads without running anything
 
-COUNTS = dict(iter_num=int, tokens_seen=int, best_step=int, elapsed=float)  # updates, tokens, updates, seconds
-FIELDS = dict(COUNTS, model=dict, model_config=dict, config=dict, tokenizer=dict, dataset_sha256=str, val_loss=float,
-              best_val_loss=float, scaler=dict)  # ckpt.pt has the optimizer as well
+FIELDS = dict(iter_num=int, tokens_seen=int, best_step=int, elapsed=float, model=dict, model_config=dict, config=dict,
+              tokenizer=dict, dataset_sha256=str, val_loss=float, best_val_loss=float, scaler=dict)
 
 
 def save_checkpoint(path, state):
@@ -601,52 +555,208 @@ def load_checkpoint(path, device='cpu'):
         raise ValueError(f'there is no checkpoint {path}: "python train.py" makes one in its --out_dir')
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError(f'{path} is compressed, which no checkpoint is')
             damaged = archive.testzip()  # torch.load itself does not look at the checksums
         if damaged:
-            raise ValueError(f'{path} is damaged ({damaged} fails its checksum): take another copy')
+            raise ValueError(f'{path} is damaged ({damaged} fails its checksum): use another copy')
         state = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, EOFError):
-        raise ValueError(f'{path} is not a checkpoint, or not all of one: take another copy') from None
-    except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f'{path} is not a checkpoint of this program, or would run code, which is not allowed') from None
+    except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError, RuntimeError):
+        raise ValueError(f'{path} is damaged, or not a checkpoint of this program: use another copy') from None
     for name, kind in FIELDS.items():
-        value = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(value, kind) or name in COUNTS and not 0 <= value < 2**53:
-            raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program (no sound {name})')
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program (no valid {name})')
     try:
         state['model_config'] = asdict(GPTConfig(**state['model_config']))
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{path} has no sound model_config ({error})') from None
+        raise ValueError(f'{path} has an invalid model_config ({error})') from None
     return state
 
 
 def load_model(state):
-    """The GPT of a checkpoint, its tied embedding one tensor, ready for more training or sampling."""
-    try:
-        config = GPTConfig(**state['model_config'])
-        if config.n_layer > len(state['model']):  # before so many are made
-            raise ValueError(f'there are no {config.n_layer} layers of them')
-        model = GPT(config)
-        model.load_state_dict(state['model'])
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"the checkpoint's weights do not fit its model_config ({str(error).splitlines()[0]})") from None
-    return model.to(next(iter(state['model'].values())).device)
+    """The GPT of a checkpoint, ready for more training or sampling. Shapes are compared before anything is allocated."""
+    config, weights = GPTConfig(**state['model_config']), state['model']
+    with torch.device('meta'):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    found = {name: getattr(tensor, 'shape', None) for name, tensor in weights.items()}
+    if found != expected:
+        odd = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        raise ValueError(f"the checkpoint's weights do not fit its model_config: {odd} is {found.get(odd)}, not "
+                         f'{expected.get(odd)}')
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model.to(weights['embedding.weight'].device)
 
 
-def load_optimizer(optimizer, state):
-    """A checkpoint's optimizer state into this optimizer, whose own options, which may have changed, stay."""
-    options = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-        for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
-            wanted = {'step', 'momentum_buffer'} if group.get('muon') else {'step', 'exp_avg', 'exp_avg_sq'}
-            for p in group['params'] if optimizer.state else ():  # float16 may have skipped every update so far
-                shapes = {name: value.shape for name, value in optimizer.state[p].items()}
-                if shapes != {name: () if name == 'step' else p.shape for name in wanted}:
-                    raise ValueError(f'{shapes} for weights of {tuple(p.shape)}')
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
+# ----------------------------------------------------------------------------
+# Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the plain
+# function in each place that calls one, the program is right and slower. They take the plain function, and restate nothing
+# but attention, whose kernels are the point.
+
+FAST = True
+
+
+def fast_attention(q, k, v, mask=None, dropout=0.0):
+    """attention(). With one query the heads that share keys take the place of T, so that nothing is repeated. On a CPU
+    plain products over up to 512 positions take a half to a sixth of the fused kernel's time, forward and backward."""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    shared_mask = mask is None or mask.dim() == 2
+    if FAST and T == 1 and mask is not None and shared_mask:
+        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask, dropout)
+        return y.reshape(B, H, 1, D)
+    if not FAST or T > 512 or S > 1024 or q.device.type != 'cpu' or not shared_mask:
+        return attention(q, k, v, mask, dropout)
+    if mask is None:
+        mask = q.new_full((T, T), -math.inf).triu_(1)
+    q = q.reshape(B * K, H // K * T, D)
+    k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+    scores = torch.baddbmm(mask.repeat(H // K, 1), q, k.mT, alpha=D**-0.5)  # (B * K, H / K * T, S)
+    return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
+
+
+class UnitRMS(torch.autograd.Function):
+    """F.rms_norm(x, x.shape[-1:], eps=eps) that keeps only its output for backward, in the precision of the matrix
+    product that follows, and passes over memory half as often."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        kind = x.device.type
+        y = (x * scale).to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        ctx.save_for_backward(y, scale)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True, dtype=scale.dtype).div_(-y.size(-1))
+        return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype), None
+
+
+def fast_rms_norm(x, eps):
+    """F.rms_norm without its gain: 10 % of a step's time and memory."""
+    if FAST and torch.is_grad_enabled():
+        return UnitRMS.apply(x, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def fast_recompute(function, x):
+    """function(x), of which nothing but x is kept for backward where x is large: for a function that ends with a matrix
+    product, whose own output is not made again."""
+    if FAST and torch.is_grad_enabled() and x.numel() > 2**20:
+        return checkpoint(function, x, use_reentrant=False)
+    return function(x)
+
+
+class LossInSlices(torch.autograd.Function):
+    """loss(x, targets) as a sum over slices of rows of x (N, C) and targets (N,), each with its gradients at once, so that
+    all logits never exist together. weights are the parameters that loss may use."""
+
+    @staticmethod
+    def forward(ctx, loss, x, targets, *weights):
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x, grads = torch.empty_like(x), [None] * len(weights)
+        rows = min(8192, max(256, math.ceil(len(x) / 16)))
+        for i in range(0, len(x), rows):
+            part = x[i : i + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                part_loss = loss(part, targets[i : i + rows])
+            total += part_loss.detach()
+            grad_x[i : i + rows], *found = torch.autograd.grad(part_loss, (part, *weights), allow_unused=True)
+            for j, grad in enumerate(found):
+                if grad is not None:
+                    grads[j] = grad if grads[j] is None else grads[j].add_(grad)
+            del part_loss, found, grad  # before the next ones are made
+        ctx.save_for_backward(grad_x, *grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # in place: a second backward is an error
+        grad_x, *grads = (saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return None, grad_x, None, *grads
+
+
+@torch.compiler.disable
+def loss_in_slices(loss, x, targets, model):
+    return LossInSlices.apply(loss, x, targets, *model.parameters())
+
+
+def fast_loss(loss, x, targets, model):
+    """loss(x, targets), a sum over rows of x (B, T, C) and targets (B, T)."""
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if not FAST or len(x) * model.config.vocab_size <= 2**24:
+        return loss(x, targets)
+    if torch.is_grad_enabled():
+        return loss_in_slices(loss, x, targets, model)
+    return sum(loss(*part) for part in zip(x.split(512), targets.split(512)))
+
+
+@functools.cache
+def shares(n, parts):
+    """0 ... n - 1, and where each of so many parts of it begins."""
+    return torch.arange(n), torch.arange(0, n, math.ceil(n / parts))
+
+
+def fast_linear(x, weight, bias=None):
+    """F.linear. On a CPU one row, each new token's work, times a matrix that lies column by column (fast_layout) in
+    half precision is a sum of the columns weighted by x, a share for each thread: embedding_bag reads memory 1.7 to 2
+    times as fast as the product, which is made for many rows. In float32 the product itself does well on columns."""
+    if weight.stride(0) > 1 or x.numel() > x.size(-1) or weight.element_size() > 2 or weight.dtype != x.dtype or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    parts = torch.embedding_bag(weight.t(), *shares(x.numel(), torch.get_num_threads()), False, 0, False, x.flatten())[0]
+    y = parts.sum(0).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def fast_layout(model, by_columns):
+    """Store a CPU's matrices column by column, or row by row again: the same shapes and values."""
+    for p in model.parameters():
+        if FAST and p.is_cpu and p.dim() == 2:
+            p.data = p.data.t().contiguous().t() if by_columns else p.data.contiguous()
+
+
+def fast_step(model, cache):
+    """(B, 1) ids -> logits of the next token. On CUDA the step is captured as a graph, one launch a token instead of some
+    hundred, and anew where the cache has grown."""
+    def step(ids):
+        return model(ids, cache=cache)[0]
+
+    if not FAST or cache.k.device.type != 'cuda':
+        return step
+    ids = torch.zeros(cache.k.size(1), 1, dtype=torch.int64, device=cache.k.device)
+    graph, logits, captured = None, None, None
+
+    def capture():
+        with torch.cuda.device(ids.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step(ids)  # warms up; what it writes, the first real step writes again
+            torch.cuda.current_stream().wait_stream(side)
+            cache.next -= 1
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread may be preparing batches
+                logits = step(ids)
+        cache.length -= 2
+        return graph, logits
+
+    def replay(next_ids):
+        nonlocal graph, logits, captured
+        cache.make_room(1)
+        if captured is not cache.k:
+            captured = cache.k
+            graph, logits = capture()
+        ids.copy_(next_ids)
+        graph.replay()
+        cache.length += 1
+        return logits
+
+    return replay
 
 
 if __name__ == '__main__':
