@@ -594,6 +594,8 @@ def load_model(state):
 # but attention, whose kernels are the point.
 
 FAST = True
+LARGE = 2**20  # elements from which fast_recompute pays
+MANY_LOGITS = 2**24  # from which fast_loss makes them in slices
 
 
 def fast_attention(q, k, v, mask=None, dropout=0.0):
@@ -646,7 +648,7 @@ def fast_rms_norm(x, eps):
 def fast_recompute(function, x):
     """function(x), of which nothing but x is kept for backward where x is large: for a function that ends with a matrix
     product, whose own output is not made again."""
-    if FAST and torch.is_grad_enabled() and x.numel() > 2**20:
+    if FAST and torch.is_grad_enabled() and x.numel() > LARGE:
         return checkpoint(function, x, use_reentrant=False)
     return function(x)
 
@@ -689,7 +691,7 @@ def loss_in_slices(loss, x, targets, model):
 def fast_loss(loss, x, targets, model):
     """loss(x, targets), a sum over rows of x (B, T, C) and targets (B, T)."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    if not FAST or len(x) * model.config.vocab_size <= 2**24:
+    if not FAST or len(x) * model.config.vocab_size <= MANY_LOGITS:
         return loss(x, targets)
     if torch.is_grad_enabled():
         return loss_in_slices(loss, x, targets, model)
@@ -720,13 +722,17 @@ def fast_layout(model, by_columns):
             p.data = p.data.t().contiguous().t() if by_columns else p.data.contiguous()
 
 
+def uses_graph(device):
+    return FAST and device.type == 'cuda'
+
+
 def fast_step(model, cache):
     """(B, 1) ids -> logits of the next token. On CUDA the step is captured as a graph, one launch a token instead of some
     hundred, and anew where the cache has grown."""
     def step(ids):
         return model(ids, cache=cache)[0]
 
-    if not FAST or cache.k.device.type != 'cuda':
+    if not uses_graph(cache.k.device):
         return step
     ids = torch.zeros(cache.k.size(1), 1, dtype=torch.int64, device=cache.k.device)
     graph, logits, captured = None, None, None

@@ -82,9 +82,14 @@ class Tokenizer:
                 self.ids = {c: i for i, c in enumerate(meta['chars'])}
             elif self.kind == 'hf':
                 self.table, self.end_of_text = range(meta['vocab_size']), meta['end_of_text']
-                self.hf = read_hf(meta['json'])
-                if max(self.end_of_text or 0, *self.hf.get_vocab().values()) >= len(self.table):
-                    raise ValueError('an id is not below vocab_size')
+                from tokenizers import Tokenizer as HF
+                self.hf = HF.from_str(meta['json'])
+                self.hf.no_truncation()
+                self.hf.no_padding()
+                self.hf.encode_special_tokens = True  # in a text their names are text
+                largest = max(self.end_of_text or 0, *self.hf.get_vocab().values())
+                if not largest < len(self.table) <= 1 << 20:
+                    raise ValueError(f'vocab_size is {len(self.table)}, the largest id {largest}')
             else:
                 tokens = [base64.b64decode(token, validate=True) for token in meta['ranks']]
                 ranks, self.end_of_text = {token: i for i, token in enumerate(tokens)}, len(tokens)
@@ -106,7 +111,7 @@ class Tokenizer:
         """str -> list of ids. Names of special tokens inside the text are text."""
         text.encode()  # refuses half a surrogate pair, which tiktoken would replace in silence
         if self.kind == 'hf':
-            return self.hf.encode(text, add_special_tokens=False).ids
+            return self.hf.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self.kind != 'char':
             return self.bpe.encode(text, disallowed_special=())
         try:
@@ -138,14 +143,6 @@ class Tokenizer:
             held[:] = [] if text or id is None else [*held, id]
             return text or ''
         return piece
-
-def read_hf(text):
-    from tokenizers import Tokenizer as HF
-    hf = HF.from_str(text)
-    hf.no_truncation()
-    hf.no_padding()
-    hf.encode_special_tokens = True  # in a text their names are text
-    return hf
 
 def train_bpe(counts, size):
     """Byte-pair encoding (Sennrich et al., arXiv:1508.07909): Counter of words -> up to `size` tokens, bytes.
@@ -189,15 +186,16 @@ def count_words(parts):
     counts, read, share = Counter(), 0, max(SAMPLE // len(parts), 1)
     for part in parts:
         for text in itertools.chain.from_iterable(itertools.islice(stream([part], '\n'), share)):
-            counts.update(word[:64] for word in regex.findall(PATTERN, text))
+            words = regex.findall(PATTERN, text)
+            counts.update(word[i:i + 64] for word in words for i in range(0, len(word), 64))
             read += len(text)
         if read >= SAMPLE * PIECE or sum(map(len, counts)) > DISTINCT:
             break
     return counts, read
 
 def pick_vocab_size(size, counts):
-    """A guess: twice the vocabulary for ten times the text (2,000 for 1 MB, 8,000 for 100 MB), and a token for
-    each distinct character beyond ASCII, as Chinese would fall into single bytes otherwise."""
+    """A guess: twice the vocabulary for ten times the text (2,000 for 1 MB, 8,000 for 100 MB), and a token
+    for each distinct character beyond ASCII, as Chinese would fall into single bytes otherwise."""
     others = {c for word in counts for c in word if c > '\x7f'}
     return min(round(size ** 0.3 / 8) * 256 + len(others) + 256, 1 << 16)
 
@@ -253,8 +251,8 @@ def find_merges(tokens):
     return merges
 
 def export_tokenizer(meta):
-    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in a
-    text is the special token, and characters that a char tokenizer does not know are left out."""
+    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in
+    a text is the special token, and characters that a char tokenizer does not know are left out."""
     from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
     coder = Tokenizer(meta)
     if coder.kind == 'hf':
@@ -268,7 +266,7 @@ def export_tokenizer(meta):
     letters = {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(others)}}
     tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
     ids = {token: i for i, token in enumerate(tokens)}
-    exported = HF(models.BPE(ids, find_merges(tokens), ignore_merges=True))  # a word that is a token stays one
+    exported = HF(models.BPE(ids, find_merges(tokens), ignore_merges=True))  # a word that is a token is one
     words = pre_tokenizers.Split(Regex(meta['pattern']), 'isolated')
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     exported.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
@@ -333,8 +331,7 @@ def find_parts(source, folder, new):
     elif path.is_dir():
         return find_texts(path)
     elif not path.is_file():
-        known = ', '.join(DOWNLOADS)
-        raise ValueError(f'{source} is no file or folder, nor {known}, pydoc, a URL or hf:owner/name')
+        raise ValueError(f'{source} is no file or folder, nor shakespeare, pydoc, a URL or hf:owner/name')
     return [path]
 
 def find_texts(folder):
@@ -354,7 +351,7 @@ def find_texts(folder):
             is_text = False
         (texts if is_text else skipped).append(path)
     note = f'; skipped {len(skipped):,} that are not UTF-8 text, the first {skipped[0]}' if skipped else ''
-    print(printable(f'{folder}: {len(texts):,} text files{note}'))
+    print(printable(f'{folder}: text files: {len(texts):,}{note}'))
     return texts
 
 def make_name(source):
@@ -364,7 +361,7 @@ def make_name(source):
 
 def read_text(path):
     """The text of a file in pieces, every character as it stands there; cut before a space or newline that
-    follows something else: no token of PATTERN lies across. Other cuts may give a token more, of the same text."""
+    follows something else, where no token of PATTERN lies across. Other cuts may give a token more."""
     text, block = '', True
     with open(path, encoding='utf-8', newline='') as file:
         while block:
@@ -392,7 +389,7 @@ def read_rows(spec):
             if not isinstance(row.get(column or 'text'), str):
                 raise ValueError(f'{spec}: no text; write hf:{name}:COLUMN with one of {", ".join(row)}')
             yield row[column or 'text']
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ConnectionError(f'{spec} cannot be read ({type(error).__name__}): '
                               'is there a network, and is the name right?') from None
 
@@ -513,7 +510,7 @@ def fill(new, parts, meta):
     val.tofile(new / 'val.bin')
     os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
     ids = val if coder.end_of_text is None else val[val != coder.end_of_text]
-    val_size = sum(len(coder.decode_bytes(ids[i:i + PIECE])) for i in range(0, len(ids), PIECE))
+    val_size = sum(len(coder.decode_bytes(ids[i:i + 50_000])) for i in range(0, len(ids), 50_000))
     meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name, 'characters': characters,
              'tokens': {'train': n_train, 'val': len(val)},
              'bytes': {'train': size - val_size, 'val': val_size},
@@ -597,7 +594,7 @@ def batches(tokens, first_row, rows, stride, block_size, seed, device):
         yield x.to(device, non_blocking=cuda), y.to(device, non_blocking=cuda)
 
 def val_batches(tokens, block_size, rows, max_batches=0):
-    """(x, y), each (rows, block_size) int64 on the CPU: every token after the first is a target once, -1 pads.
+    """(x, y), each (rows, block_size) int64 on the CPU: each token but the first is a target once, -1 pads.
     With max_batches: of more windows than these hold, evenly spaced ones. All batches have the same shape."""
     n = -(-(len(tokens) - 1) // block_size)
     rows, picks = min(rows, n), min(n, max_batches * rows or n)

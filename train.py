@@ -1,139 +1,183 @@
 """Train a GPT.
 
     python train.py config/train_shakespeare.py                     # on whatever machine this is
-    python train.py config/train_shakespeare.py --device=mps --max_iters=500
-    python train.py --resume                                        # go on with the run in out/, its settings with it
+    python train.py --dataset=poems --minutes=5                     # a model and a run of the size that fits
+    python train.py --resume                                        # continue the run in out/ with its settings
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    python train.py --interactive                                   # be asked, and get a config file
+    python train.py --interactive                                   # answer questions, get a config file
+    python train.py --status                                        # what is here, and what to type next
 """
 
+import os
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing to save yet
+
+import contextlib
 import csv
 import gc
+import glob
 import itertools
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 began = time.time()  # before the slow imports: elapsed_s counts them
 
+import filelock  # comes with torch
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import prepare
-from configurator import ask, configure, plain_errors, read_block, stop
-from model import (GPT, GPTConfig, load_checkpoint, load_model, load_optimizer, make_optimizer, presets,
+from configurator import ask, check, choose, configure, plain_errors, read_block, set_up_output, stop
+from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, load_optimizer, make_optimizer, presets,
                    save_checkpoint)
 
 # ----------------------------------------------------------------------------
-# settings: change them here, in a config file, or by --name=value
+# settings: change them here, in a config file, or by --name=value; those of the model stand in model.py, GPTConfig
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
-resume = False  # go on from out_dir/ckpt.pt with its settings, which config files and flags may change
-init_from = ''  # start from this checkpoint's weights instead, shape and tokenizer with them; the optimizer starts anew
-eval_only = False  # evaluate once and leave
-dry_run = False  # check everything, time a few real steps, print the estimate; writes nothing
-interactive = False  # be asked for the main settings; writes an ordinary config file
-show_hardware = False  # print what this machine has, and leave
+resume = False  # continue from out_dir/ckpt.pt with its settings, which config files and flags may change
+init_from = ''  # start from the weights of this checkpoint or Hugging Face folder, in its shape and tokenizer
+minutes = 0.0  # choose the model and the run so that it takes so long on this machine; 0: as the settings say
+eval_only = False  # evaluate once and exit
+dry_run = False  # check everything, time a few real updates, print the estimate; writes nothing
+interactive = False  # answer questions about the main settings; writes an ordinary config file
+show_hardware = False  # print what this machine has and exit
+status = False  # print what is installed, prepared and trained here, and exit
 # data
 dataset = 'shakespeare'  # folder in data/, made by prepare.py
-offline_dataset = ''  # take this one, loudly, where dataset can't be downloaded; '' stops instead
+offline_dataset = ''  # the data set to use, with a message, where dataset can't be downloaded; '': stop instead
 batch_size = 16  # sequences in a micro-batch, on each process
 tokens_per_update = 0  # tokens in one update, over all processes and micro-batches; 0: one micro-batch a process
-# model; 0 takes the preset's value
-model_preset = 'tiny'  # tiny, small, medium or large: about 10M, 25M, 80M, 350M parameters
-n_layer = 0  # blocks
-n_head = 0  # query heads
-n_kv_head = 0  # key and value heads, a divisor of n_head; 0 with an n_head of one's own: the same
-n_embd = 0  # width
-block_size = 0  # context, tokens
-mlp_ratio = 2.66  # hidden width over n_embd, rounded up to a multiple of 64
-dropout = 0.0  # 0.1 to 0.3 where the data is seen many times
-bias = False  # biases in the linear layers
-gradient_checkpointing = False  # a third more time for far less memory
+# model
+model_preset = 'tiny'  # tiny, small, medium or large (10M to 350M parameters): defaults of the model's settings
+vocab_size = 0  # distinct tokens; 0: as many as the data set's tokenizer has
 # optimizer
-optimizer = 'muon'  # muon: hidden matrices by Muon, the rest by AdamW; adamw: all by AdamW
+optimizer = 'muon'  # muon: the blocks' matrices by Muon, the rest by AdamW; adamw: all by AdamW
 learning_rate = 1e-2  # AdamW's peak
 muon_learning_rate = 0.02  # Muon's peak
-muon_momentum = 0.85  # 0.95 for long runs of large updates
-max_iters = 2000  # updates
-weight_decay = 0.1  # on matrices
-beta1 = 0.9  # AdamW
-beta2 = 0.99  # AdamW; 0.95 for large batches
-grad_clip = 1.0  # largest gradient norm; 0: off
-decay_lr = True  # False: the learning rates stay at their peaks after the warm-up
+muon_momentum = 0.85  # share of the old momentum that each update keeps; 0.95 for long runs of large updates
+max_iters = 2000  # length of the run, in updates of the weights
+weight_decay = 0.1  # how fast unused weights shrink; on matrices only
+beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
+beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
+grad_clip = 1.0  # largest gradient norm; 0: no limit
+decay_lr = True  # false: the learning rates stay at their peaks after the warm-up
 lr_schedule = 'cosine'  # cosine, or linear: flat, then a straight line down over the last `cooldown` of the run
-cooldown = 0.6  # of lr_decay_iters; for the linear schedule
-warmup_iters = 20  # updates
+cooldown = 0.6  # share of lr_decay_iters; for the linear schedule
+warmup_iters = 20  # updates over which the learning rates rise to their peaks
 lr_decay_iters = 0  # updates after which the learning rate is min_lr; 0: max_iters
 min_lr = 0.0  # AdamW's learning rate at the end; Muon's falls in proportion
 # reports
-log_interval = 10  # updates
-eval_interval = 250  # updates; also when checkpoints are saved
-eval_iters = 200  # batches of the validation split an evaluation reads, evenly spaced; 0: all
+log_interval = 10  # updates between lines of the log
+eval_interval = 250  # updates between evaluations, and between saves
+eval_iters = 200  # batches of the validation split that an evaluation reads, evenly spaced; 0: all
 patience = 0  # evaluations without a better validation loss before stopping; 0: never
 sample_interval = 0  # evaluations between short samples from the model; 0: none
 wandb_log = False  # also log to Weights & Biases (pip install wandb)
-wandb_project = 'gpt'  # Weights & Biases
-wandb_run_name = ''  # Weights & Biases
+wandb_project = 'gpt'  # name of the project there
+wandb_run_name = ''  # name of the run there; '': out_dir
 # machine
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # auto, float32, bfloat16, float16
-compile = 'auto'  # auto, true, false: torch.compile
-threads = 0  # CPU threads; 0: torch's choice
+compile = 'auto'  # torch.compile: auto (where it pays), true, false
+threads = 0  # CPU threads; 0: as many as are fastest now
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
 KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
+RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
+COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
+
+
+def clock(seconds):
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
+
+
+def show_status():
+    """Versions, device, data sets, runs, and the command that comes next."""
+    print(hardware.table())
+    print('\nData sets in data/ (python prepare.py FILE makes one):')
+    names = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob('data/*/meta.json'))
+    print('\n'.join(f'    {name}' for name in names) or '    none yet')
+    print('Runs:')
+    command = 'python train.py config/train_shakespeare_quick.py'
+    for path in sorted(glob.glob('out*/ckpt.pt'), key=os.path.getmtime):
+        folder, when = os.path.dirname(path), time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
+        try:
+            run = load_checkpoint(path)
+        except ValueError as error:
+            print(f'    {folder:20} {error}')
+            continue
+        done = run['iter_num'] >= run['config'].get('max_iters', 0)
+        print(f'    {folder:20} {run["config"].get("dataset")}: update {run["iter_num"]} of '
+              f'{run["config"].get("max_iters")}, best validation loss {run["best_val_loss"]:.4f}, saved {when}')
+        command = f'python sample.py --out_dir={folder}' if done else f'python train.py --resume --out_dir={folder}'
+    print(f'Next: {command}')
 
 
 def interview():
     """Ask for the main settings, write config/my_NAME.py, show what that run would take, and start it if told to."""
-    lengths = {'quick': 200, 'short': 1000, 'medium': 5000, 'long': 20000}
+    def data_set(name):
+        if name not in ready and not os.path.exists(name) and name not in KNOWN:
+            raise ValueError(f'no data set and no file is called {name}')
+        folder = prepare.DATA / name if name in ready else prepare.prepare([name])
+        chosen['dataset'] = folder.name
 
-    def one_of(words, numbers):
-        def check(text):
-            if text not in words and not (text.replace(' ', '').isdecimal() and len(text.split()) == numbers):
-                raise ValueError(f'one of {", ".join(words)}, or {numbers} number{"s" * (numbers > 1)}')
-        return check
+    def size(answer):
+        if answer not in ('minutes', 'own', *presets):
+            raise ValueError(f'minutes, own, {", ".join(presets)}')
 
-    print(hardware.table())
-    chosen = dict(device=ask('device', hardware.pick_device(), hardware.pick_device))
-    ready = sorted(path.parent.name for path in prepare.DATA.glob('[!.]*/meta.json'))
-    text = ask(f'data set ({", ".join(dict.fromkeys([*ready, *KNOWN]))}) or the path of a text', (ready or KNOWN)[0])
-    with plain_errors():
-        chosen['dataset'] = text if text in ready else prepare.prepare([text]).name
-    default = '4 6 192 128' if chosen['device'] == 'cpu' else 'tiny'
-    size = ask(f'size ({", ".join(presets)}) or layers, heads, width, context', default, one_of(presets, 4))
-    if size in presets:
-        chosen['model_preset'] = size
-    else:
-        chosen |= zip(('n_layer', 'n_head', 'n_embd', 'block_size'), map(int, size.split()))
-    known = ', '.join(f'{name}: {n}' for name, n in lengths.items())
-    length = ask(f'length ({known}) or updates', 'quick', one_of(lengths, 1))
-    chosen['max_iters'] = lengths.get(length) or int(length)
-    chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
-    path_of = lambda name: os.path.join('config', f'my_{re.sub(r"[^A-Za-z0-9_-]+", "_", name)}.py')
+    def at_least_one(number):
+        if number < 1:
+            raise ValueError('at least 1')
+
+    def shape(_):
+        GPTConfig(**{name: value for name, value in chosen.items() if name.startswith('n_')})
 
     def new(name):
         if os.path.exists(path_of(name)):
             raise ValueError(f'{path_of(name)} exists already')
 
-    path = path_of(ask('name of the run', f'{chosen["dataset"]}-{chosen["max_iters"]}', new))
+    def path_of(name):
+        return os.path.join('config', f'my_{re.sub("[^A-Za-z0-9_-]+", "_", name).removeprefix("my_")}.py')
+
+    print(hardware.table())
+    chosen = dict(device=ask('device', hardware.pick_device(), hardware.pick_device))
+    prepared = sorted(prepare.DATA.glob('[!.]*/meta.json'), key=os.path.getmtime)
+    ready = [path.parent.name for path in reversed(prepared)]
+    known = ', '.join(dict.fromkeys([*ready, *KNOWN]))
+    ask(f'data set ({known}), or the path of a text', (ready or KNOWN)[0], data_set)
+    answer = ask(f'model size: as fits the minutes (minutes), your own (own), or {", ".join(presets)}', 'minutes', size)
+    if answer == 'own':
+        chosen['n_layer'] = ask('  layers', 4, at_least_one)
+        chosen['n_head'] = chosen['n_kv_head'] = ask('  heads', 4, at_least_one)
+        chosen['n_embd'] = ask('  width, a multiple of 2 x heads', 32 * chosen['n_head'], at_least_one)
+        while chosen['n_embd'] % (2 * chosen['n_head']):
+            chosen['n_embd'] = ask('  width: must be a multiple of 2 x heads', 32 * chosen['n_head'], at_least_one)
+    elif answer in presets:
+        chosen['model_preset'] = answer
+    if answer == 'minutes':
+        chosen['minutes'] = ask('minutes', 5.0)
+    else:
+        chosen['max_iters'] = ask('length in updates', 1000, at_least_one)
+        chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
+    path = path_of(ask('name of the run', chosen['dataset'], new))
     os.makedirs('config', exist_ok=True)
     _, comments, _ = read_block(__file__)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(f'# python train.py {path}; all settings: python train.py --help\n')
-        file.writelines(f'{key} = {value!r}  # {comments[key]}\n' for key, value in chosen.items())
+        for name, value in chosen.items():
+            file.write(f'{name} = {value!r}  # {comments.get(name, "of the model")}\n')
     print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
     failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
     if failed or not ask('\nstart it', True):
@@ -142,44 +186,55 @@ def interview():
     os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
 
 
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save yet
-config = configure(__file__)
-log_path, ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
-if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
-    stop('torchrun --max_restarts needs train.py --resume: without it a restart would begin anew')
-if 'RANK' in os.environ:  # a restart is the same command, so that the first start has --resume, too
-    config['resume'] = config['resume'] and os.path.exists(ckpt_path)
-if config['resume']:  # the run's own settings are the defaults now
-    with plain_errors():
-        saved = load_checkpoint(ckpt_path)
-    config = {**configure(__file__, saved={**saved['config'], 'out_dir': config['out_dir']}), 'init_from': ''}
-config['compile'] = config['compile'].lower()
-globals().update(config)
-sys.stdout.reconfigure(errors='backslashreplace')  # a terminal without some character must not end a run
-if show_hardware:
+set_up_output()
+config = configure(GPTConfig, __file__)
+if problem := hardware.version_problem():
+    stop(problem)
+if config['show_hardware']:
     print(hardware.table())
     sys.exit()
-if interactive:
+if config['status']:
+    show_status()
+    sys.exit()
+if config['interactive']:
     interview()
-for low, high, names in (
-    (1, 2**40, 'max_iters batch_size log_interval eval_interval'),
-    (0, 2**40, 'tokens_per_update eval_iters warmup_iters lr_decay_iters patience sample_interval seed'),
-    (0, 1024, 'threads'),
-    (0, 10, 'learning_rate muon_learning_rate weight_decay'),
-    (0, 1, 'cooldown'),
-    (0, learning_rate, 'min_lr'),
-    (0, 1 - 1e-9, 'beta1 beta2 muon_momentum dropout'),
-    (0, 1e9, 'grad_clip'),
-):
-    for name in names.split():
-        if not low <= config[name] <= high:
-            stop(f'{name} is {config[name]}: it must be from {low} to {high:g}')
-for name, choices in (
-    ('optimizer', 'muon adamw'), ('lr_schedule', 'cosine linear'), ('compile', 'auto true false'),
-    ('model_preset', ' '.join(presets)),
-):
-    if config[name] not in choices.split():
-        stop(f"{name} is '{config[name]}': it must be one of {', '.join(choices.split())}")
+log_path, ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
+if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
+    stop('torchrun --max_restarts needs train.py --resume: without it a restart would start from nothing')
+if 'RANK' in os.environ:  # a restart is the same command, so that the first start has --resume, too
+    config['resume'] = config['resume'] and os.path.exists(ckpt_path)
+with plain_errors():
+    choose(config, 'model_preset', presets)
+    saved, source, defaults = None, '', {**presets[config['model_preset']], 'vocab_size': 0}
+    if config['resume']:
+        source, saved = ckpt_path, load_checkpoint(ckpt_path)
+        defaults = {**saved['config'], 'out_dir': config['out_dir'], 'init_from': '', 'resume': True}
+    elif config['init_from']:
+        source, saved = config['init_from'], load_checkpoint(config['init_from'])
+        defaults = {**saved['model_config'], 'block_size': min(512, saved['model_config']['block_size'])}
+config = {**configure(GPTConfig, __file__, saved=defaults), 'resume': config['resume']}
+config['compile'] = config['compile'].lower()
+globals().update(config)
+with plain_errors():
+    for name in ('max_iters', 'batch_size', 'log_interval', 'eval_interval'):
+        check(config, name, 1, 10**12)
+    for name in ('tokens_per_update', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'sample_interval'):
+        check(config, name, 0, 10**12)
+    for name in ('learning_rate', 'muon_learning_rate', 'weight_decay'):
+        check(config, name, 0, 10)
+    for name in ('beta1', 'beta2', 'muon_momentum'):
+        check(config, name, 0, 0.999999)
+    check(config, 'cooldown', 0, 1)
+    check(config, 'min_lr', 0, learning_rate)
+    check(config, 'grad_clip', 0, 10**9)
+    check(config, 'seed', 0, 2**40)
+    check(config, 'threads', 0, 1024)
+    check(config, 'minutes', 0, 10**6)
+    choose(config, 'optimizer', ('muon', 'adamw'))
+    choose(config, 'lr_schedule', ('cosine', 'linear'))
+    choose(config, 'compile', ('auto', 'true', 'false'))
+    if 0 < lr_decay_iters <= warmup_iters:
+        raise ValueError(f'lr_decay_iters {lr_decay_iters} ends before the warm-up: it must be above warmup_iters {warmup_iters}')
 if dry_run:
     log_interval = 2
 
@@ -192,11 +247,15 @@ say = print if master else lambda *args, **kwargs: None
 with plain_errors():
     device = hardware.pick_device(device)
     if world_size > 1:
+        if device == 'mps':
+            say('device  several processes cannot share an Apple GPU: training on the CPU')
+            device = 'cpu'
         if device in ('cuda', 'xpu'):
             device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
-            getattr(torch, hardware.kind(device)).set_device(device)
         warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.13 would have otherwise and 2.9 not yet
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
+    if ':' in device:
+        getattr(torch, hardware.kind(device)).set_device(device)
     dtype = hardware.pick_dtype(device, dtype)
 hardware.set_up(device, threads)
 
@@ -233,102 +292,177 @@ with plain_errors():
 # ----------------------------------------------------------------------------
 # model
 
-wishes = {name: config[name] for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'block_size') if config[name]}
-if n_head and not n_kv_head:
-    wishes['n_kv_head'] = n_head
-if init_from:
-    with plain_errors():
-        saved = load_checkpoint(init_from)
+
+
+def fitting_updates(seconds, seconds_per_update):
+    """How many updates of a run fit into what is left of so many seconds."""
+    return 100
+
+
+def settings_for(seconds):
+    """The settings of a run of so many seconds on this text and device; max_iters is a first guess."""
+    operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
+    # measured: 0.8M parameters at 1e12 operations and 1.6M at 15e12 on a megabyte of characters; where there is
+    # more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for more of them
+    n_params = 1.6e6 * (operations / 15e12) ** 0.25
+    if len(data.train) > operations / (6 * n_params):
+        n_params = max(n_params, (operations / 120) ** 0.5)
+    n_layer = 4
+    while 12 * n_layer * (64 * n_layer) ** 2 < n_params:
+        n_layer += 2
+    n_head = max(2, round((n_params / (11 * n_layer)) ** 0.5 / 64))
+    block_size = 64 if operations < 3e12 else 128 if operations < 5e13 else 256
+    batch_size = 12 if operations < 3e12 else 8
+    updates = max(20, int(operations / (6 * n_params * batch_size * block_size)))
+    return dict(
+        n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
+        block_size=block_size, batch_size=batch_size, max_iters=updates, warmup_iters=10, lr_schedule='linear',
+        weight_decay=0.0, eval_interval=updates, eval_iters=200,
+    )
+
+
 if resume or init_from:
-    source = init_from or ckpt_path
-    shape = saved['model_config']
-    for name, value in wishes.items():
-        if shape[name] != value:
-            stop(f'{name} is {shape[name]} in {source} and cannot become {value}')
     if saved['tokenizer'] != data.meta['tokenizer']:
         stop(f'{source} and data/{dataset} have different tokenizers: '
              f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
-    for name in ('mlp_ratio', 'bias', 'model_preset', 'optimizer') if resume else ():
-        if config[name] != saved['config'].get(name):
-            stop(f'{name} is {saved["config"].get(name)} in {source} and cannot become {config[name]}')
     if resume and 'optimizer' not in saved:
         stop(f'{source} has no optimizer state (a copy of best.pt?): --init_from={source} starts a new run from its weights')
-    if resume and saved['dataset_sha256'] != data.meta['sha256']:
+    if resume and optimizer != saved['config'].get('optimizer'):
+        stop(f'optimizer is {saved["config"].get("optimizer")} in {source} and cannot become {optimizer}')
+    if resume and saved['dataset_sha256'] != data.meta.get('sha256', data.meta['source_sha256']):
         stop(f'data/{dataset} is not what {source} was trained on (another sha256): '
              f'--init_from={source} starts a new run from its weights')
-else:
-    given = dict(vocab_size=data.meta['vocab_size'], mlp_ratio=mlp_ratio, bias=bias)
-    shape = {**presets[model_preset], **given, **wishes}
+    vocab_size = vocab_size or saved['model_config']['vocab_size']
+elif minutes:
+    config = configure(GPTConfig, __file__, saved={**defaults, **settings_for(60 * minutes)})
+    globals().update(config)
+vocab_size = vocab_size or data.meta['vocab_size']
 with plain_errors():
-    gpt_config = GPTConfig(**{**shape, 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing})
-block_size = gpt_config.block_size
-for split, tokens in (('train', data.train), ('val', data.val)):
-    if len(tokens) <= block_size:
-        stop(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: '
-             'lower block_size or give more text')
-with torch.device('meta'):  # weights, gradients, and Muon's momentum; AdamW takes a third more
-    least, memory = 12 * GPT(gpt_config).n_params() / 2**30, hardware.describe(device)['memory_gib']
-if 0 < memory < least:
-    stop(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has {memory}: take a smaller model')
-
-torch.manual_seed(seed)
-with plain_errors():
-    model = load_model({**saved, 'model_config': asdict(gpt_config)}) if resume or init_from else GPT(gpt_config)
+    gpt_config = config_from(config, vocab_size=vocab_size)
+    if vocab_size < data.meta['vocab_size']:
+        raise ValueError(f'vocab_size is {vocab_size}, but data/{dataset} has {data.meta["vocab_size"]} distinct tokens')
+    for field in fields(gpt_config) if saved else ():
+        name, now = field.name, getattr(gpt_config, field.name)
+        before = saved['model_config'].get(name)
+        smaller = name == 'block_size' and init_from and now < before  # positions are rotations: any number fits
+        if now != before and not smaller and name not in ('dropout', 'gradient_checkpointing'):
+            stop(f'{name} is {before} in {source} and cannot become {now}')
+    block_size = gpt_config.block_size
+    for split, tokens in (('train', data.train), ('val', data.val)):
+        if len(tokens) <= block_size:
+            raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: '
+                             'lower block_size or give more text')
+    with torch.device('meta'):  # weights, gradients, and Muon's momentum; AdamW takes a third more
+        least, memory = 12 * GPT(gpt_config).n_params() / 2**30, hardware.describe(device)['memory_gib']
+    if 0 < memory < least:
+        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has {memory}: '
+                         'choose a smaller model')
+    torch.manual_seed(seed)
+    model = load_model({**saved, 'model_config': asdict(gpt_config)}) if saved else GPT(gpt_config)
     model.to(device)
+raw_model = model  # what is evaluated, sampled from and saved
 optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay)
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
+
+# tokens in an update = micro-batches x processes x sequences x block_size
+micro_tokens = world_size * batch_size * block_size
+tokens_per_update = tokens_per_update or micro_tokens
+n_micro = tokens_per_update // micro_tokens
+if tokens_per_update % micro_tokens:
+    near = max(1, n_micro) * micro_tokens
+    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of batch_size {batch_size} x block_size {block_size} x '
+         f'{world_size} process{"es" if world_size > 1 else ""}: choose {near:,} or {near + micro_tokens:,}')
+
+
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
+if resume:
+    step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
+    val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
+    if step >= max_iters and not eval_only:
+        stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
+    if 0 < patience <= (step - best_step) // eval_interval and not eval_only:
+        stop(f'{source} has run out of patience at update {step}: --patience=N waits longer, 0 for ever')
+
+# ----------------------------------------------------------------------------
+# how many threads, how many updates, compiled or not: by a few real updates
+
+
+def trial():
+    """One update of a micro-batch -> its seconds."""
+    begin = time.perf_counter()
+    x, y = next(prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device))
+    with hardware.autocast(device, dtype):
+        loss = model(x, y, return_logits=False)[1]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    hardware.synchronize(device)
+    return time.perf_counter() - begin
+
+
+seconds = 0.0  # of an update; 0: not known
+choosing_threads = device == 'cpu' and threads == 0 and world_size == 1
+if not eval_only and (choosing_threads or minutes or compile == 'auto'):
+    weights = [p.detach().clone() for p in model.parameters()]
+    seconds = min(trial(), trial())
+    if choosing_threads and seconds < 0.5:
+        threads = hardware.fastest_threads(trial, torch.get_num_threads())
+        seconds = trial()
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), weights)
+    optimizer.state.clear()
+    weights = None
+    seconds *= n_micro
+    if world_size > 1:
+        slowest = torch.tensor(seconds, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        seconds = slowest.item()
+if minutes:
+    max_iters = fitting_updates(60 * minutes, seconds)
 if resume:
     with plain_errors():
         load_optimizer(optimizer, saved['optimizer'])
     if saved['scaler']:
         scaler.load_state_dict(saved['scaler'])
-    step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
-    val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
-    if step >= max_iters and not eval_only:
-        stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
 saved = None
-
-# tokens in an update = micro-batches x processes x sequences x block_size
-micro_tokens = world_size * batch_size * block_size
-tokens_per_update = config['tokens_per_update'] = tokens_per_update or micro_tokens
-n_micro = tokens_per_update // micro_tokens
-if tokens_per_update % micro_tokens:
-    near = max(1, n_micro) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} is no multiple of batch_size {batch_size} x block_size {block_size} x '
-         f'{world_size} process{"es" * (world_size > 1)}: take {near:,} or {near + micro_tokens:,}')
+problem = ''  # why not to compile
+if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
+    worth = seconds * (max_iters - step) > (1200 if device == 'cpu' else 120) and not dry_run
+    problem = '' if worth else 'compiling would take longer than it saves'
+if compile != 'false' and not problem:
+    problem = hardware.compile_problem(device)
+compile = 'false' if problem or compile == 'false' else 'true'
+# what a resumed run keeps to
+config.update(minutes=0.0, threads=threads, max_iters=max_iters, compile=compile, tokens_per_update=tokens_per_update)
+peak, peak_origin = hardware.peak_flops(device, dtype)
+if not peak:
+    peak, peak_origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
 
 # ----------------------------------------------------------------------------
 # what is in force
 
-peak, peak_origin = hardware.peak_flops(device, dtype)
-if not peak:
-    peak, peak_origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
-problem = ''  # why not to compile
-if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
-    run_seconds = model.flops_per_token() * tokens_per_update * (max_iters - step) / world_size / (0.3 * peak)
-    worth = run_seconds > (1200 if device == 'cpu' else 60) and not dry_run
-    problem = '' if worth else 'compiling would take longer than it saves'
-if compile != 'false' and not problem:
-    problem = hardware.compile_problem(device)
-config['compile'] = 'false' if problem or compile == 'false' else 'true'  # a resumed run keeps to it
-engine = 'compiled' if config['compile'] == 'true' else 'eager' + f' ({problem})' * bool(problem)
 c = gpt_config
-many = f' x {world_size} processes' * (world_size > 1)
-say(f'device  {device}: {hardware.device_name(device)}{many}; {dtype}, {engine}')
+kinds = [('processes', world_size), ('micro-batches', n_micro), ('sequences', batch_size), ('tokens', block_size)]
+product = ' x '.join(f'{n} {name}' for name, n in kinds if n > 1)
+epochs = max_iters * tokens_per_update / len(data.train)
+engine = 'compiled' if compile == 'true' else f'not compiled ({problem})' if problem else 'not compiled'
+say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
 say(f'data    {dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
-    f'{data.meta["tokenizer"]["kind"]}, vocabulary {c.vocab_size:,}')
-say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads on '
-    f'{c.n_kv_head}, context {block_size}')
-say(f'update  {tokens_per_update:,} tokens = {n_micro} micro-batches x {world_size} processes x {batch_size} sequences x '
-    f'{block_size}; {max_iters:,} updates are {max_iters * tokens_per_update / len(data.train):.1f} epochs')
+    f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
+say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query heads, '
+    f'{c.n_kv_head} key and value heads, context {block_size}')
+say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.1f} times')
 say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is good, '
-    'below 10 % the model is too small for the device, or data or memory hold it up')
-guess = f'guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f}'
-say('start   ' + (f'from {source}, update {step}' if resume or init_from else guess))
-
-raw_model = model  # what is evaluated, sampled from and saved
-if config['compile'] == 'true':
+    'below 10 % the model is too small for the device, or something holds it up')
+if resume or init_from:
+    say(f'start   from {source}, update {step}')
+else:
+    say(f'start   guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f} nats a token')
+if epochs > 20:
+    say(f'note    reading the text {epochs:.0f} times is likely to learn it by heart: fewer max_iters, or --patience=3')
+if device == 'cpu' and seconds * (max_iters - step) > 3600:
+    say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run that takes ten')
+if compile == 'true':
     torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs eagerly, with torch's warning
     model = torch.compile(model)
 if world_size > 1:
@@ -360,40 +494,35 @@ def training_batches():
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
 
-def what_is_left():
-    """The checkpoint that a run which ends by an error leaves."""
-    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
-
-
 def out_of_memory(error):
     """Whether it says so, in whatever words the device has for it."""
     return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
 
 
-@contextmanager
+@contextlib.contextmanager
 def last_words():
     """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
     try:
         yield
-    except OSError as error:
-        stop(f'{error.filename}: {error.strerror}; {what_is_left()}' if error.filename else f'{error}; {what_is_left()}')
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        left = f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+        if isinstance(error, OSError):
+            stop(f'{error.filename}: {error.strerror}; {left}' if error.filename else f'{error}; {left}')
         if not out_of_memory(error):
             raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. Weights, '
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {left}. Weights, '
              f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
              'or --gradient_checkpointing')
 
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss per token of the validation split, each process reading its share, in batches that take less memory than
-    an update of micro-batches of batch_size."""
+    """Mean loss per token of the validation split, each process reading its share."""
     raw_model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-    rows, fit = (max(2 * size, 4096 // block_size) for size in (config['batch_size'], batch_size))
-    every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
-    for batch in itertools.islice(every_batch, rank, None, world_size):
+    rows = max(2 * config['batch_size'], 4096 // block_size)
+    fit = max(2 * batch_size, 4096 // block_size)  # less memory than an update of micro-batches of batch_size
+    for batch in itertools.islice(prepare.val_batches(data.val, block_size, rows, eval_iters), rank, None, world_size):
         for x, y in zip(*(part.split(fit) for part in batch)):
             with hardware.autocast(device, dtype):
                 loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
@@ -406,18 +535,18 @@ def evaluate():
     return (total[0] / total[1]).item()
 
 
+def bits_per_byte(loss):
+    """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
+    return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
+
+
 def state(**more):
     """A checkpoint, with `more` in it."""
     return dict(
         model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config, tokenizer=data.meta['tokenizer'],
-        dataset_sha256=data.meta['sha256'], iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
+        dataset_sha256=data.meta.get('sha256', data.meta['source_sha256']), iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
         val_loss=val_loss, best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more,
     )
-
-
-def not_finite(at, what):
-    sys.exit(not master or f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
-             'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 
 def read_recent():
@@ -436,6 +565,20 @@ def read_recent():
     return numbers[:, 0].mean().item(), numbers[-1, 1].item()
 
 
+def not_finite(at, what):
+    if not master:
+        sys.exit(1)
+    left = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {left}. '
+             'Try a lower learning rate, more warmup_iters, or --dtype=float32')
+
+
+def alive(text):
+    """On a terminal, a line that the next one replaces: that the program lives."""
+    if master and sys.stdout.isatty():
+        print(f'{text}\r', end='', flush=True)
+
+
 def plot():
     """out_dir/loss.png from log.csv, where there is matplotlib."""
     try:
@@ -446,15 +589,13 @@ def plot():
     from matplotlib import pyplot
     with open(log_path, encoding='utf-8', newline='') as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    figure, (top, low) = pyplot.subplots(2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout='constrained')
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
     for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
-        points = [(row['iter'], row[name]) for row in rows if name in row]
-        top.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
-    top.axvline(best_step, color='0.7', linewidth=1, label=f'best: {best_val_loss:.4f} at {best_step}')
-    top.set(ylabel='loss (nats per token)', title=f'{dataset}, {raw_model.n_params() / 1e6:.2f}M parameters')
-    top.legend()
-    low.plot([row['iter'] for row in rows], [row['lr'] for row in rows], 'C2-')
-    low.set(xlabel='update', ylabel='learning rate', ylim=(0, None))
+        points = [(row['elapsed_s'], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
+    axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=f'{dataset}, {raw_model.n_params() / 1e6:.2f}M '
+             f'parameters: {best_val_loss:.4f} at update {best_step}')
+    axes.legend()
     try:
         figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
     except OSError as error:
@@ -462,19 +603,45 @@ def plot():
     pyplot.close(figure)
 
 
-def bits_per_byte(loss):
-    """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
-    return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
-
-
-def clock(seconds):
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
+def open_run():
+    """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the lock."""
+    for mark in ('*.py', 'meta.json', '*/meta.json'):
+        found = glob.glob(os.path.join(glob.escape(out_dir), mark))
+        if found:
+            stop(f'out_dir {out_dir} holds {found[0]}, which is not part of a run: choose another --out_dir')
+    os.makedirs(out_dir, exist_ok=True)
+    lock = filelock.FileLock(os.path.join(out_dir, '.lock'))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        stop(f'another run is using {out_dir}: choose another --out_dir')
+    # ckpt.pt with the optimizer, another written aside, best.pt
+    needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
+    if needed > free:
+        stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
+             'free some, or choose another --out_dir')
+    older = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
+    if older and not resume:
+        base = os.path.abspath(out_dir)
+        aside = next(path for i in itertools.count(1) if not os.path.exists(path := f'{base}-{i}'))
+        os.mkdir(aside)
+        for name in older:
+            shutil.move(os.path.join(out_dir, name), aside)
+        print(f'kept    the run that was in {out_dir} is in {os.path.relpath(aside)} now')
+    rows = []
+    if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
+        with open(log_path, encoding='utf-8', newline='') as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+        rows = [row for row in rows if int(row[0]) <= step]
+    with open(log_path + '.part', 'w', encoding='utf-8', newline='') as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    os.replace(log_path + '.part', log_path)
+    return lock
 
 
 # ----------------------------------------------------------------------------
 # ready: what can fail has failed by now, and nothing of the run was written yet
 
-columns = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 if eval_only:
     with last_words():
         val_loss = evaluate()
@@ -483,25 +650,7 @@ if eval_only:
 writing = master and not dry_run
 if writing:
     with plain_errors():
-        os.makedirs(out_dir, exist_ok=True)
-        # ckpt.pt with the optimizer, another written aside, best.pt
-        needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
-        if needed > free:
-            stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
-                 'free some, or take another --out_dir')
-        if not resume and any(map(os.path.exists, (log_path, ckpt_path, best_path))):
-            older = next(path for i in itertools.count(1) if not os.path.exists(path := f'{out_dir.rstrip("/")}-{i}'))
-            os.rename(out_dir, older)
-            os.mkdir(out_dir)
-            print(f'kept    the run that was in {out_dir} is in {older} now')
-        rows = []
-        if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
-            with open(log_path, encoding='utf-8', newline='') as file:
-                whole = [row for row in csv.reader(file) if len(row) == len(columns) and row[0].isdecimal()]
-            rows = [row for row in whole if int(row[0]) <= step]
-        with open(log_path + '.part', 'w', encoding='utf-8', newline='') as file:
-            csv.writer(file).writerows([columns, *rows])
-        os.replace(log_path + '.part', log_path)
+        lock = open_run()
 if wandb_log and writing:
     try:
         import wandb
@@ -514,27 +663,30 @@ signals = []
 
 
 def on_signal(number, frame):
-    if signals and world_size == 1:  # torchrun repeats the signal
-        os._exit(128 + number)
-    if master and not signals:
-        os.write(2, f'\n{signal.Signals(number).name}: finishing this update and saving; once more stops at once\n'.encode())
     signals.append(number)
+    if len(signals) > 1 and world_size == 1:  # torchrun repeats the signal
+        os._exit(128 + number)
+    if master and len(signals) == 1:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f'\n{signal.Signals(number).name}: finishing this update and saving; once more stops at once\n'.encode())
 
 
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(number, on_signal)
 
 # ----------------------------------------------------------------------------
 # the loop
 
 batches, recent, stopped_early, interrupted = training_batches(), [], False, False
-first_step, logged_step, logged_at = step, step, time.time()
+first_step, logged_step, logged_at, fastest = step, step, time.time(), math.inf
 raw_model.train()
 gc.collect()
 gc.freeze()  # what lives until the end need not be looked through again and again
 with last_words():
     while step < max_iters and not stopped_early and not interrupted:
-        # the learning rate
+        # set the learning rate
         scale = learning_rate_scale(step)
         lr = learning_rate * scale
         for group in optimizer.param_groups:
@@ -573,7 +725,7 @@ with last_words():
         tokens_seen += tokens_per_update
         recent.append((loss, norm))
 
-        # evaluate and log
+        # log
         evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
         interrupted = bool(signals)
         if world_size > 1:  # the processes stop at the same update
@@ -582,31 +734,40 @@ with last_words():
             interrupted = votes.item() > 0
         interrupted = interrupted and step < max_iters
         if not (evaluating or logging or interrupted):
+            alive(f'update {step}')
+            if step == first_step + 1:  # the first takes longer: it may compile
+                logged_step, logged_at = step, time.time()
             continue
         train_loss, grad_norm = read_recent()
-        seconds = (time.time() - logged_at) / (step - logged_step)
+        seconds = (time.time() - logged_at) / max(1, step - logged_step)
         speed = tokens_per_update / seconds
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-        since = elapsed + time.time() - began
-        row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+        row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
         say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
             f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left', flush=True)
+        if device == 'cpu' and seconds > 3 * fastest:
+            say(f'note    updates take {seconds / fastest:.0f} times as long as they did: another program has the cores; '
+                'if it stays, Ctrl-C and --resume --threads=1')
+            fastest = math.inf  # said once
+        fastest = min(fastest, seconds)
         if dry_run and step - first_step >= 2 * log_interval:
             break
+
+        # evaluate and save
         if evaluating and not dry_run:
+            alive('evaluating ...')
             val_loss = evaluate()
             if not math.isfinite(val_loss):
                 not_finite(step, f'validation loss {val_loss}')
             row[3] = f'{val_loss:.6f}'
-            better = val_loss < best_val_loss
+            better, rising = val_loss < best_val_loss, ''
             if better:
                 best_val_loss, best_step = val_loss, step
-            rising = f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}' * (not better)
+            else:
+                rising = f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
             stopped_early = 0 < patience <= (step - best_step) // eval_interval
-
-        # save
         if writing:
             with open(log_path, 'a', encoding='utf-8', newline='') as file:
                 csv.writer(file).writerow(row)
@@ -618,7 +779,7 @@ with last_words():
             if evaluating or interrupted:
                 save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
             if wandb_log:
-                wandb.log({name: float(value) for name, value in zip(columns, row) if value != ''}, step=step)
+                wandb.log({name: float(value) for name, value in zip(COLUMNS, row) if value != ''}, step=step)
             if evaluating:
                 plot()
             if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
@@ -630,14 +791,13 @@ with last_words():
 # ----------------------------------------------------------------------------
 # the end
 
-where = f' --out_dir={out_dir}' * (out_dir != 'out')
+where = f' --out_dir={out_dir}' if out_dir != 'out' else ''
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
-    whole_run = clock((max_iters - first_step) * seconds)
-    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; '
-        'nothing was written')
+    say(f'dry run: {max_iters - first_step} updates would take about {clock((max_iters - first_step) * seconds)}, '
+        f'evaluation aside; {memory}; nothing was written')
 elif interrupted:
-    say(f'saved   {ckpt_path} at update {step}; go on with: python train.py --resume{where}')
+    say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{where}')
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
