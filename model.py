@@ -6,12 +6,13 @@ Each formula stands here once. What exists for speed or memory alone is the last
 """
 
 import functools
+import json
 import math
 import os
 import pickle
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -550,7 +551,10 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, device='cpu'):
-    """The dict that save_checkpoint wrote; ValueError where the file is missing, damaged or of another program."""
+    """The dict that save_checkpoint wrote, or the same from a Hugging Face folder; ValueError where the file is missing,
+    damaged or of another program."""
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, 'config.json')):
+        return load_folder(path, device)
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}: "python train.py" makes one in its --out_dir')
     try:
@@ -586,6 +590,173 @@ def load_model(state):
     model = GPT(config)
     model.load_state_dict(weights)
     return model.to(weights['embedding.weight'].device)
+
+
+# Hugging Face folders of Llama and Qwen3 models stand wherever a checkpoint does. The two tables serve both directions:
+# modules here and there (one below the other there, where ours is one matrix), and fields of the configuration.
+MODULES = {
+    'embedding': ['embed_tokens'],
+    'attention_norm': ['input_layernorm'],
+    'attention.qkv': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    'attention.q_norm': ['self_attn.q_norm'],
+    'attention.k_norm': ['self_attn.k_norm'],
+    'attention.proj': ['self_attn.o_proj'],
+    'mlp_norm': ['post_attention_layernorm'],
+    'mlp.up': ['mlp.gate_proj', 'mlp.up_proj'],
+    'mlp.down': ['mlp.down_proj'],
+    'norm': ['norm'],
+}
+SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
+             n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size', head_dim='head_dim',
+             rope_theta='rope_theta', norm_eps='rms_norm_eps')
+
+
+def to_hf(config, weights):
+    """A GPT's weights -> {our name: {their name: tensor}}; the head is left out, being the embedding once more."""
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    rows = {'attention.qkv': [n * config.head_dim for n in heads], 'mlp.up': [config.hidden_dim] * 2}
+    result = {}
+    for name, tensor in weights.items():
+        module, kind = name.rsplit('.', 1)
+        prefix = 'model'
+        if module.startswith('blocks.'):
+            _, layer, module = module.split('.', 2)
+            prefix = f'model.layers.{layer}'
+        if module == 'head':
+            continue
+        if module not in MODULES:
+            raise ValueError(f'neither Llama nor Qwen3 has a place for {name}')
+        parts = tensor.split(rows.get(module, len(tensor)))
+        result[name] = {f'{prefix}.{theirs}.{kind}': part for theirs, part in zip(MODULES[module], parts)}
+    return result
+
+
+def to_hf_config(config):
+    """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can be."""
+    c = config
+    if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
+        raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm {c.qk_norm}: '
+                         'Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
+    known = {*SIZES, 'mlp_ratio', 'dropout', 'bias', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'gradient_checkpointing'}
+    for field in fields(c):
+        if field.name not in known and getattr(c, field.name):
+            raise ValueError(f'{field.name} is {getattr(c, field.name)}: neither Llama nor Qwen3 has it')
+    return dict(
+        {theirs: getattr(c, ours) for ours, theirs in SIZES.items()},
+        architectures=['Qwen3ForCausalLM' if c.qk_norm else 'LlamaForCausalLM'],
+        model_type='qwen3' if c.qk_norm else 'llama',
+        intermediate_size=c.hidden_dim,
+        hidden_act='silu',
+        tie_word_embeddings=True,
+        attention_bias=c.bias,
+        mlp_bias=c.bias,
+        rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
+    )
+
+
+def from_hf_config(theirs):
+    """The dict in config.json -> GPTConfig; ValueError names what a GPT cannot be."""
+    qwen3 = theirs.get('model_type') == 'qwen3'
+    rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
+    rope.setdefault('rope_type', rope.get('type'))
+    defaults = dict(rope_type='default', rope_theta=10000.0, partial_rotary_factor=1.0, rms_norm_eps=1e-6,
+                    hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False, quantization_config=None,
+                    attention_bias=False, mlp_bias=False, layer_types=[], model_type=None,
+                    num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0)
+    c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
+    right = dict(model_type='qwen3' if qwen3 else 'llama', rope_type='default', partial_rotary_factor=1.0,
+                 hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False, quantization_config=None,
+                 attention_bias=False if qwen3 else c['mlp_bias'],
+                 layer_types=['full_attention'] * len(c['layer_types']))
+    for name, value in right.items():
+        if c[name] != value:
+            raise ValueError(f'{name} is {c[name]!r:.60}, which a GPT of this program cannot be')
+    for name in (*SIZES.values(), 'intermediate_size'):
+        if name not in c:
+            raise ValueError(f'config.json has no {name}')
+    config = GPTConfig(**{ours: c[name] for ours, name in SIZES.items()}, qk_norm=qwen3, bias=c['attention_bias'])
+    hidden = c['intermediate_size']
+    if type(hidden) is not int or hidden % 64 or not 0 < hidden < 2**24:
+        raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
+    return replace(config, mlp_ratio=hidden / config.n_embd)
+
+
+def read_json(folder, name):
+    """The dict in a JSON file; ValueError where there is none."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding='utf-8') as file:
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is missing or damaged ({type(error).__name__})') from None
+
+
+def hf_tokenizer(folder):
+    """The tokenizer of a Hugging Face folder, as meta.json and checkpoints have it."""
+    contents = read_json(folder, 'tokenizer.json')
+    try:
+        ids = contents['model']['vocab']
+        if isinstance(ids, list):  # of tokens with their scores
+            ids = {token: id for id, (token, _) in enumerate(ids)}
+        ids = ids | {token['content']: token['id'] for token in contents.get('added_tokens') or []}
+        size = max(ids.values()) + 1
+        if not 1 < size < 2**24:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f'{os.path.join(folder, "tokenizer.json")} has no vocabulary') from None
+    ends = []
+    for name in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
+        if os.path.exists(os.path.join(folder, name)):
+            said = read_json(folder, name)
+            token, end = said.get('eos_token'), said.get('eos_token_id')
+            if isinstance(token, dict):
+                token = token.get('content')
+            ends.append(ids.get(token) if isinstance(token, str) else None)
+            ends += end if isinstance(end, list) else [end]
+    ends = [end for end in ends if type(end) is int and 0 <= end < size]
+    return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': ends[0] if ends else None, 'vocab_size': size}
+
+
+def load_folder(folder, device='cpu'):
+    """load_checkpoint() for a Hugging Face folder. All shapes are compared before anything is read."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f'{folder} is read with the package safetensors: pip install safetensors') from None
+    try:
+        config = from_hf_config(read_json(folder, 'config.json'))
+        files = {'model.safetensors'}
+        if os.path.exists(os.path.join(folder, 'model.safetensors.index.json')):
+            files = set(read_json(folder, 'model.safetensors.index.json').get('weight_map', {}).values())
+        there = {}
+        for file in sorted(files):
+            shard = safe_open(os.path.join(folder, os.path.basename(file)), 'pt')
+            there.update(dict.fromkeys(shard.keys(), shard))
+        with torch.device('meta'):
+            parts = to_hf(config, GPT(config).state_dict())
+        expected = {name: part for group in parts.values() for name, part in group.items()}
+        for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
+            if not name.endswith('.inv_freq'):
+                raise ValueError(f'this model has no place for {name}')
+        for name, part in expected.items():
+            if name not in there:
+                raise ValueError(f'{name} is missing')
+            found = there[name].get_slice(name)
+            if found.get_shape() != list(part.shape) or found.get_dtype() not in ('F32', 'F16', 'BF16'):
+                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, not {list(part.shape)} in float32, '
+                                 'float16 or bfloat16')
+        weights = {}
+        for name, group in parts.items():
+            weights[name] = torch.cat([there[part].get_tensor(part).float() for part in group]).to(device)
+        weights['head.weight'] = weights['embedding.weight']
+        tokenizer = hf_tokenizer(folder)
+        if tokenizer['vocab_size'] > config.vocab_size:
+            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, the model {config.vocab_size}')
+    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'{folder}: {error}') from None
+    unknown = {name: kind() for name, kind in FIELDS.items()}
+    return unknown | dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan,
+                          best_val_loss=math.inf)
 
 
 # ----------------------------------------------------------------------------

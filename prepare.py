@@ -187,7 +187,7 @@ def count_words(parts):
     for part in parts:
         for text in itertools.chain.from_iterable(itertools.islice(stream([part], '\n'), share)):
             words = regex.findall(PATTERN, text)
-            counts.update(word[i:i + 64] for word in words for i in range(0, len(word), 64))
+            counts.update(word[i:i + 32] for word in words for i in range(0, len(word), 32))
             read += len(text)
         if read >= SAMPLE * PIECE or sum(map(len, counts)) > DISTINCT:
             break
