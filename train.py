@@ -7,7 +7,6 @@
     python train.py --interactive                                   # answer questions, get a config file
     python train.py --status                                        # what is here, and what to type next
 """
-
 import os
 import signal
 
@@ -38,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 import hardware
 import prepare
 from configurator import ask, check, choose, configure, plain_errors, read_block, set_up_output, stop
-from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, load_optimizer, make_optimizer, presets,
-                   save_checkpoint)
+from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, load_optimizer, make_optimizer,
+                   presets, save_checkpoint)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; those of the model stand in model.py, GPTConfig
@@ -98,86 +97,70 @@ KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they 
 RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
 COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 
-
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
 
+def data_sets():
+    """Names of what is prepared, the latest first."""
+    paths = sorted(prepare.DATA.glob('[!.]*/meta.json'), key=os.path.getmtime, reverse=True)
+    return [path.parent.name for path in paths]
 
 def show_status():
     """Versions, device, data sets, runs, and the command that comes next."""
     print(hardware.table())
-    print('\nData sets in data/ (python prepare.py FILE makes one):')
-    names = sorted(os.path.basename(os.path.dirname(path)) for path in glob.glob('data/*/meta.json'))
-    print('\n'.join(f'    {name}' for name in names) or '    none yet')
-    print('Runs:')
+    print('\ndata sets in data/:', ', '.join(data_sets()) or 'none yet (python prepare.py FILE makes one)')
     command = 'python train.py config/train_shakespeare_quick.py'
     for path in sorted(glob.glob('out*/ckpt.pt'), key=os.path.getmtime):
-        folder, when = os.path.dirname(path), time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
+        folder = os.path.dirname(path)
+        saved = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
         try:
             run = load_checkpoint(path)
+            wanted = run['config'].get('max_iters', 0)
+            print(f'run in {folder}: {run["config"].get("dataset")}, update {run["iter_num"]} of {wanted}, '
+                  f'best validation loss {run["best_val_loss"]:.4f}, saved {saved}')
+            script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
+            command = f'python {script} --out_dir={folder}'
         except ValueError as error:
-            print(f'    {folder:20} {error}')
-            continue
-        done = run['iter_num'] >= run['config'].get('max_iters', 0)
-        print(f'    {folder:20} {run["config"].get("dataset")}: update {run["iter_num"]} of '
-              f'{run["config"].get("max_iters")}, best validation loss {run["best_val_loss"]:.4f}, saved {when}')
-        command = f'python sample.py --out_dir={folder}' if done else f'python train.py --resume --out_dir={folder}'
-    print(f'Next: {command}')
-
+            print(f'run in {folder}: {error}')
+    print(f'next: {command}')
 
 def interview():
-    """Ask for the main settings, write config/my_NAME.py, show what that run would take, and start it if told to."""
-    def data_set(name):
-        if name not in ready and not os.path.exists(name) and name not in KNOWN:
-            raise ValueError(f'no data set and no file is called {name}')
-        folder = prepare.DATA / name if name in ready else prepare.prepare([name])
-        chosen['dataset'] = folder.name
-
-    def size(answer):
-        if answer not in ('minutes', 'own', *presets):
-            raise ValueError(f'minutes, own, {", ".join(presets)}')
+    """Ask for the main settings, write config/my_NAME.py, show what that run would take, start it if told to."""
+    def prepared(name):
+        if name not in data_sets():
+            prepare.prepare([name])
 
     def at_least_one(number):
         if number < 1:
             raise ValueError('at least 1')
 
-    def shape(_):
-        GPTConfig(**{name: value for name, value in chosen.items() if name.startswith('n_')})
-
-    def new(name):
-        if os.path.exists(path_of(name)):
-            raise ValueError(f'{path_of(name)} exists already')
+    def fits_heads(n_embd):
+        GPTConfig(n_head=chosen['n_head'], n_embd=n_embd)
 
     def path_of(name):
         return os.path.join('config', f'my_{re.sub("[^A-Za-z0-9_-]+", "_", name).removeprefix("my_")}.py')
 
+    def is_new(name):
+        if os.path.exists(path_of(name)):
+            raise ValueError(f'{path_of(name)} exists already')
+
     print(hardware.table())
-    chosen = dict(device=ask('device', hardware.pick_device(), hardware.pick_device))
-    prepared = sorted(prepare.DATA.glob('[!.]*/meta.json'), key=os.path.getmtime)
-    ready = [path.parent.name for path in reversed(prepared)]
-    known = ', '.join(dict.fromkeys([*ready, *KNOWN]))
-    ask(f'data set ({known}), or the path of a text', (ready or KNOWN)[0], data_set)
-    answer = ask(f'model size: as fits the minutes (minutes), your own (own), or {", ".join(presets)}', 'minutes', size)
-    if answer == 'own':
-        chosen['n_layer'] = ask('  layers', 4, at_least_one)
-        chosen['n_head'] = chosen['n_kv_head'] = ask('  heads', 4, at_least_one)
-        chosen['n_embd'] = ask('  width, a multiple of 2 x heads', 32 * chosen['n_head'], at_least_one)
-        while chosen['n_embd'] % (2 * chosen['n_head']):
-            chosen['n_embd'] = ask('  width: must be a multiple of 2 x heads', 32 * chosen['n_head'], at_least_one)
-    elif answer in presets:
-        chosen['model_preset'] = answer
-    if answer == 'minutes':
-        chosen['minutes'] = ask('minutes', 5.0)
-    else:
-        chosen['max_iters'] = ask('length in updates', 1000, at_least_one)
-        chosen['eval_interval'] = max(1, chosen['max_iters'] // 8)
-    path = path_of(ask('name of the run', chosen['dataset'], new))
+    known = [*data_sets(), *KNOWN]
+    chosen = {'device': ask('device', hardware.pick_device(), hardware.pick_device)}
+    answer = ask(f'data set ({", ".join(dict.fromkeys(known))}) or the path of a text', known[0], prepared)
+    chosen['dataset'] = answer if answer in data_sets() else prepare.make_name(answer)
+    chosen['minutes'] = ask('minutes (0: choose the size of the model and the length of the run yourself)', 5.0)
+    if not chosen['minutes']:
+        chosen['n_layer'] = ask('layers', 4, at_least_one)
+        chosen['n_head'] = ask('heads', 4, at_least_one)
+        chosen['n_kv_head'] = chosen['n_head']
+        chosen['n_embd'] = ask('width', 48 * chosen['n_head'], fits_heads)
+        chosen['max_iters'] = ask('updates', 1000, at_least_one)
+    path = path_of(ask('name of the run', chosen['dataset'], is_new))
     os.makedirs('config', exist_ok=True)
-    _, comments, _ = read_block(__file__)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(f'# python train.py {path}; all settings: python train.py --help\n')
-        for name, value in chosen.items():
-            file.write(f'{name} = {value!r}  # {comments.get(name, "of the model")}\n')
+        file.writelines(f'{name} = {value!r}\n' for name, value in chosen.items())
     print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
     failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
     if failed or not ask('\nstart it', True):
@@ -185,30 +168,30 @@ def interview():
         sys.exit(failed)
     os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
 
+# ----------------------------------------------------------------------------
+# resolve the settings: defaults, of the preset or of the run that is continued, then config files, then flags
 
 set_up_output()
-config = configure(GPTConfig, __file__)
 if problem := hardware.version_problem():
     stop(problem)
-if config['show_hardware']:
-    print(hardware.table())
-    sys.exit()
-if config['status']:
-    show_status()
-    sys.exit()
-if config['interactive']:
-    interview()
-log_path, ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
-if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
-    stop('torchrun --max_restarts needs train.py --resume: without it a restart would start from nothing')
-if 'RANK' in os.environ:  # a restart is the same command, so that the first start has --resume, too
+config = configure(GPTConfig, __file__)
+for asked, answer in (('show_hardware', lambda: print(hardware.table())), ('status', show_status),
+                      ('interactive', interview)):
+    if config[asked]:
+        answer()
+        sys.exit()
+out_dir = config['out_dir']
+log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
+if 'RANK' in os.environ:  # torchrun's restart is the same command, so that the first start has --resume, too
+    if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
+        stop('torchrun --max_restarts needs train.py --resume: without it a restart would start from nothing')
     config['resume'] = config['resume'] and os.path.exists(ckpt_path)
 with plain_errors():
     choose(config, 'model_preset', presets)
-    saved, source, defaults = None, '', {**presets[config['model_preset']], 'vocab_size': 0}
+    saved, source, defaults = {}, '', {**presets[config['model_preset']], 'vocab_size': 0}
     if config['resume']:
         source, saved = ckpt_path, load_checkpoint(ckpt_path)
-        defaults = {**saved['config'], 'out_dir': config['out_dir'], 'init_from': '', 'resume': True}
+        defaults = {**saved['config'], 'out_dir': out_dir, 'init_from': ''}
     elif config['init_from']:
         source, saved = config['init_from'], load_checkpoint(config['init_from'])
         defaults = {**saved['model_config'], 'block_size': min(512, saved['model_config']['block_size'])}
@@ -218,7 +201,8 @@ globals().update(config)
 with plain_errors():
     for name in ('max_iters', 'batch_size', 'log_interval', 'eval_interval'):
         check(config, name, 1, 10**12)
-    for name in ('tokens_per_update', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'sample_interval'):
+    for name in ('tokens_per_update', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'patience',
+                 'sample_interval', 'seed', 'minutes', 'grad_clip'):
         check(config, name, 0, 10**12)
     for name in ('learning_rate', 'muon_learning_rate', 'weight_decay'):
         check(config, name, 0, 10)
@@ -226,15 +210,12 @@ with plain_errors():
         check(config, name, 0, 0.999999)
     check(config, 'cooldown', 0, 1)
     check(config, 'min_lr', 0, learning_rate)
-    check(config, 'grad_clip', 0, 10**9)
-    check(config, 'seed', 0, 2**40)
     check(config, 'threads', 0, 1024)
-    check(config, 'minutes', 0, 10**6)
     choose(config, 'optimizer', ('muon', 'adamw'))
     choose(config, 'lr_schedule', ('cosine', 'linear'))
     choose(config, 'compile', ('auto', 'true', 'false'))
-    if 0 < lr_decay_iters <= warmup_iters:
-        raise ValueError(f'lr_decay_iters {lr_decay_iters} ends before the warm-up: it must be above warmup_iters {warmup_iters}')
+    if lr_decay_iters:
+        check(config, 'lr_decay_iters', warmup_iters + 1, 10**12)
 if dry_run:
     log_interval = 2
 
@@ -252,21 +233,19 @@ with plain_errors():
             device = 'cpu'
         if device in ('cuda', 'xpu'):
             device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
-        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.13 would have otherwise and 2.9 not yet
+        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.13 would change and 2.9 does not have
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
     if ':' in device:
-        getattr(torch, hardware.kind(device)).set_device(device)
+        torch.get_device_module(device).set_device(device)
     dtype = hardware.pick_dtype(device, dtype)
 hardware.set_up(device, threads)
 
 # ----------------------------------------------------------------------------
 # data
 
-
 def prepare_missing(name):
-    if name in KNOWN and not (prepare.DATA / name / 'meta.json').exists():
+    if name in KNOWN and name not in data_sets():
         prepare.prepare([name])
-
 
 with plain_errors():
     if master and not dry_run:
@@ -274,9 +253,10 @@ with plain_errors():
             prepare_missing(dataset)
         except ConnectionError as error:
             if not offline_dataset:
-                stop(f'{error}; or train on your own text (python prepare.py my.txt) or on --dataset=pydoc, without a network')
+                stop(f'{error}; or train on your own text (python prepare.py my.txt), or on --dataset=pydoc, '
+                     'which needs no network')
             print(f'{dataset} could not be fetched: {error}')
-            print(f'training on {offline_dataset} instead, as offline_dataset says; --offline_dataset= switches that off')
+            print(f'training on {offline_dataset} instead, as offline_dataset says')
             dataset = offline_dataset
             prepare_missing(dataset)
     if world_size > 1:  # the others wait for it, and learn what it became
@@ -285,25 +265,20 @@ with plain_errors():
         dist.broadcast_object_list(chosen)
         dataset, there = chosen
         if here != there:
-            stop(f'{ckpt_path} is of update {here} on rank {rank}, of {there} on rank 0: all machines need the same out_dir')
+            stop(f'{ckpt_path} is of update {here} on rank {rank}, of {there} on rank 0: '
+                 'all machines need the same out_dir')
     config['dataset'] = dataset
     data = prepare.load_dataset(dataset)
+text_id = f'{data.meta["source_sha256"]} {data.meta["tokens"]["train"]}'
 
 # ----------------------------------------------------------------------------
 # model
-
-
-
-def fitting_updates(seconds, seconds_per_update):
-    """How many updates of a run fit into what is left of so many seconds."""
-    return 100
-
 
 def settings_for(seconds):
     """The settings of a run of so many seconds on this text and device; max_iters is a first guess."""
     operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
     # measured: 0.8M parameters at 1e12 operations and 1.6M at 15e12 on a megabyte of characters; where there is
-    # more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for more of them
+    # more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for more
     n_params = 1.6e6 * (operations / 15e12) ** 0.25
     if len(data.train) > operations / (6 * n_params):
         n_params = max(n_params, (operations / 120) ** 0.5)
@@ -320,33 +295,32 @@ def settings_for(seconds):
         weight_decay=0.0, eval_interval=updates, eval_iters=200,
     )
 
-
-if resume or init_from:
-    if saved['tokenizer'] != data.meta['tokenizer']:
-        stop(f'{source} and data/{dataset} have different tokenizers: '
-             f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
-    if resume and 'optimizer' not in saved:
-        stop(f'{source} has no optimizer state (a copy of best.pt?): --init_from={source} starts a new run from its weights')
-    if resume and optimizer != saved['config'].get('optimizer'):
-        stop(f'optimizer is {saved["config"].get("optimizer")} in {source} and cannot become {optimizer}')
-    if resume and saved['dataset_sha256'] != data.meta.get('sha256', data.meta['source_sha256']):
-        stop(f'data/{dataset} is not what {source} was trained on (another sha256): '
-             f'--init_from={source} starts a new run from its weights')
-    vocab_size = vocab_size or saved['model_config']['vocab_size']
-elif minutes:
-    config = configure(GPTConfig, __file__, saved={**defaults, **settings_for(60 * minutes)})
-    globals().update(config)
-vocab_size = vocab_size or data.meta['vocab_size']
+if minutes and not saved:
+    dial = settings_for(60 * minutes)
+    chosen = configure(GPTConfig, __file__, saved={**defaults, **dial})
+    config.update({name: chosen[name] for name in dial})
+    globals().update({name: chosen[name] for name in dial})
 with plain_errors():
-    gpt_config = config_from(config, vocab_size=vocab_size)
-    if vocab_size < data.meta['vocab_size']:
-        raise ValueError(f'vocab_size is {vocab_size}, but data/{dataset} has {data.meta["vocab_size"]} distinct tokens')
+    own = saved['model_config']['vocab_size'] if saved else data.meta['vocab_size']
+    gpt_config = config_from(config, vocab_size=vocab_size or own)
+    if saved and saved['tokenizer'] != data.meta['tokenizer']:
+        raise ValueError(f'{source} and data/{dataset} have different tokenizers: '
+                         f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
     for field in fields(gpt_config) if saved else ():
-        name, now = field.name, getattr(gpt_config, field.name)
-        before = saved['model_config'].get(name)
-        smaller = name == 'block_size' and init_from and now < before  # positions are rotations: any number fits
-        if now != before and not smaller and name not in ('dropout', 'gradient_checkpointing'):
-            stop(f'{name} is {before} in {source} and cannot become {now}')
+        before, now = saved['model_config'].get(field.name), getattr(gpt_config, field.name)
+        shorter = field.name == 'block_size' and init_from and now < before  # positions are only rotations
+        if now != before and not shorter and field.name not in ('dropout', 'gradient_checkpointing'):
+            raise ValueError(f'{field.name} is {before} in {source} and cannot become {now}')
+    if resume:
+        anew = f'--init_from={source} starts a new run from its weights'
+        if 'optimizer' not in saved:
+            raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {anew}')
+        if saved['config'].get('optimizer') != optimizer:
+            raise ValueError(f'optimizer is {saved["config"].get("optimizer")} in {source} and cannot change: {anew}')
+        if saved['dataset_sha256'] != text_id:
+            raise ValueError(f'data/{dataset} is not what {source} was trained on (another sha256): {anew}')
+    if gpt_config.vocab_size < data.meta['vocab_size']:
+        raise ValueError(f'vocab_size is {vocab_size}, but data/{dataset} has {data.meta["vocab_size"]} tokens')
     block_size = gpt_config.block_size
     for split, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= block_size:
@@ -359,21 +333,11 @@ with plain_errors():
                          'choose a smaller model')
     torch.manual_seed(seed)
     model = load_model({**saved, 'model_config': asdict(gpt_config)}) if saved else GPT(gpt_config)
-    model.to(device)
+model.to(device)
 raw_model = model  # what is evaluated, sampled from and saved
-optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum, weight_decay)
+optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum,
+                           weight_decay)
 scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
-
-# tokens in an update = micro-batches x processes x sequences x block_size
-micro_tokens = world_size * batch_size * block_size
-tokens_per_update = tokens_per_update or micro_tokens
-n_micro = tokens_per_update // micro_tokens
-if tokens_per_update % micro_tokens:
-    near = max(1, n_micro) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of batch_size {batch_size} x block_size {block_size} x '
-         f'{world_size} process{"es" if world_size > 1 else ""}: choose {near:,} or {near + micro_tokens:,}')
-
-
 step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
 if resume:
     step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
@@ -381,11 +345,19 @@ if resume:
     if step >= max_iters and not eval_only:
         stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
     if 0 < patience <= (step - best_step) // eval_interval and not eval_only:
-        stop(f'{source} has run out of patience at update {step}: --patience=N waits longer, 0 for ever')
+        stop(f'{source} stopped at update {step}, out of patience: --patience=0 goes on')
+
+# tokens in an update = micro-batches x processes x sequences x block_size
+micro_tokens = world_size * batch_size * block_size
+tokens_per_update = tokens_per_update or micro_tokens
+n_micro = tokens_per_update // micro_tokens
+if tokens_per_update % micro_tokens:
+    near = max(1, n_micro) * micro_tokens
+    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size {batch_size} x '
+         f'block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
 # how many threads, how many updates, compiled or not: by a few real updates
-
 
 def trial():
     """One update of a micro-batch -> its seconds."""
@@ -399,13 +371,11 @@ def trial():
     hardware.synchronize(device)
     return time.perf_counter() - begin
 
-
 seconds = 0.0  # of an update; 0: not known
-choosing_threads = device == 'cpu' and threads == 0 and world_size == 1
-if not eval_only and (choosing_threads or minutes or compile == 'auto'):
+if not eval_only and (minutes or compile == 'auto' or threads == 0 and device == 'cpu'):
     weights = [p.detach().clone() for p in model.parameters()]
     seconds = min(trial(), trial())
-    if choosing_threads and seconds < 0.5:
+    if threads == 0 and device == 'cpu' and world_size == 1 and seconds < 0.5:
         threads = hardware.fastest_threads(trial, torch.get_num_threads())
         seconds = trial()
     with torch.no_grad():
@@ -417,23 +387,26 @@ if not eval_only and (choosing_threads or minutes or compile == 'auto'):
         slowest = torch.tensor(seconds, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         seconds = slowest.item()
-if minutes:
-    max_iters = fitting_updates(60 * minutes, seconds)
+if minutes and not saved:
+    left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
+    max_iters = eval_interval = max(1, int(left / seconds))
+    flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
+    say(f'minutes {minutes:g} of them are this run: python train.py --dataset={dataset} {flags}')
 if resume:
     with plain_errors():
         load_optimizer(optimizer, saved['optimizer'])
-    if saved['scaler']:
-        scaler.load_state_dict(saved['scaler'])
+    scaler.load_state_dict(saved['scaler'])
 saved = None
 problem = ''  # why not to compile
 if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
-    worth = seconds * (max_iters - step) > (1200 if device == 'cpu' else 120) and not dry_run
-    problem = '' if worth else 'compiling would take longer than it saves'
+    if dry_run or seconds * (max_iters - step) < (1200 if device == 'cpu' else 120):
+        problem = 'compiling would take longer than it saves'
 if compile != 'false' and not problem:
     problem = hardware.compile_problem(device)
-compile = 'false' if problem or compile == 'false' else 'true'
+compile = 'false' if problem else compile.replace('auto', 'true')
 # what a resumed run keeps to
-config.update(minutes=0.0, threads=threads, max_iters=max_iters, compile=compile, tokens_per_update=tokens_per_update)
+config.update(minutes=0.0, threads=threads, max_iters=max_iters, eval_interval=eval_interval, compile=compile,
+              tokens_per_update=tokens_per_update)
 peak, peak_origin = hardware.peak_flops(device, dtype)
 if not peak:
     peak, peak_origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
@@ -442,26 +415,26 @@ if not peak:
 # what is in force
 
 c = gpt_config
-kinds = [('processes', world_size), ('micro-batches', n_micro), ('sequences', batch_size), ('tokens', block_size)]
-product = ' x '.join(f'{n} {name}' for name, n in kinds if n > 1)
+factors = [(n_micro, 'micro-batches'), (world_size, 'processes'), (batch_size, 'sequences'), (block_size, 'tokens')]
+product = ' x '.join(f'{n} {name}' for n, name in factors if n > 1)
 epochs = max_iters * tokens_per_update / len(data.train)
 engine = 'compiled' if compile == 'true' else f'not compiled ({problem})' if problem else 'not compiled'
 say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
-say(f'data    {dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens, '
+say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):,} for validation; '
     f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
 say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query heads, '
-    f'{c.n_kv_head} key and value heads, context {block_size}')
+    f'{c.n_kv_head} for keys and values, context {block_size}')
 say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.1f} times')
-say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is good, '
-    'below 10 % the model is too small for the device, or something holds it up')
+say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is good,')
+say('        below 10 % the model is too small for the device, or something holds it up')
 if resume or init_from:
     say(f'start   from {source}, update {step}')
 else:
     say(f'start   guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f} nats a token')
 if epochs > 20:
-    say(f'note    reading the text {epochs:.0f} times is likely to learn it by heart: fewer max_iters, or --patience=3')
+    say(f'note    reading a text {epochs:.0f} times is likely to learn it by heart: fewer max_iters, or --patience=3')
 if device == 'cpu' and seconds * (max_iters - step) > 3600:
-    say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run that takes ten')
+    say(f'note    this takes about {clock(seconds * (max_iters - step))}: --minutes=10 chooses a run of ten minutes')
 if compile == 'true':
     torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs eagerly, with torch's warning
     model = torch.compile(model)
@@ -471,7 +444,6 @@ if world_size > 1:
 
 # ----------------------------------------------------------------------------
 # helpers
-
 
 def learning_rate_scale(step):
     """The learning rate of update `step` (the first is 0) over its peak."""
@@ -486,18 +458,24 @@ def learning_rate_scale(step):
     done = min(1.0, (step - warmup_iters) / max(1, last - warmup_iters))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-
 def training_batches():
     """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes
     the next tokens_per_update / block_size of them, whichever way they are shared out."""
     first = tokens_seen // block_size + rank * batch_size
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
-
 def out_of_memory(error):
     """Whether it says so, in whatever words the device has for it."""
     return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
 
+def halve_the_batch():
+    """After out of memory: smaller micro-batches, more of them, for the same update."""
+    global n_micro, batch_size, batches
+    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+    n_micro, batch_size = n_micro * batch_size // smaller, smaller
+    say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
+    optimizer.zero_grad(set_to_none=True)
+    batches = training_batches()
 
 @contextlib.contextmanager
 def last_words():
@@ -513,7 +491,6 @@ def last_words():
         stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {left}. Weights, '
              f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
              'or --gradient_checkpointing')
-
 
 @torch.no_grad()
 def evaluate():
@@ -534,20 +511,25 @@ def evaluate():
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
-
 def bits_per_byte(loss):
     """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
     return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
-
 
 def state(**more):
     """A checkpoint, with `more` in it."""
     return dict(
         model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config, tokenizer=data.meta['tokenizer'],
-        dataset_sha256=data.meta.get('sha256', data.meta['source_sha256']), iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
+        dataset_sha256=text_id, iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
         val_loss=val_loss, best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more,
     )
 
+def signalled():
+    """Whether this process or another one was told to stop: all do at the same update."""
+    if world_size == 1:
+        return bool(signals)
+    votes = torch.tensor(float(bool(signals)), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
 
 def read_recent():
     """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite, before anything
@@ -564,7 +546,6 @@ def read_recent():
             not_finite(at, f'loss {loss}, gradient norm {norm}')
     return numbers[:, 0].mean().item(), numbers[-1, 1].item()
 
-
 def not_finite(at, what):
     if not master:
         sys.exit(1)
@@ -572,12 +553,25 @@ def not_finite(at, what):
     sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {left}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
+def write_log(row, lasting):
+    """A row of log.csv; lasting: on the disk before the checkpoint is."""
+    with open(log_path, 'a', encoding='utf-8', newline='') as file:
+        csv.writer(file).writerow(row)
+        file.flush()
+        if lasting:
+            os.fsync(file.fileno())
+    if wandb_log:
+        wandb.log({name: float(value) for name, value in zip(COLUMNS, row) if value != ''}, step=row[0])
+
+def print_sample():
+    prompt = next(prepare.val_batches(data.val, 16, 1))[0]
+    ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+    print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
 
 def alive(text):
     """On a terminal, a line that the next one replaces: that the program lives."""
     if master and sys.stdout.isatty():
         print(f'{text}\r', end='', flush=True)
-
 
 def plot():
     """out_dir/loss.png from log.csv, where there is matplotlib."""
@@ -601,7 +595,6 @@ def plot():
     except OSError as error:
         print(f'loss.png could not be drawn: {error}')
     pyplot.close(figure)
-
 
 def open_run():
     """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the lock."""
@@ -638,7 +631,6 @@ def open_run():
     os.replace(log_path + '.part', log_path)
     return lock
 
-
 # ----------------------------------------------------------------------------
 # ready: what can fail has failed by now, and nothing of the run was written yet
 
@@ -661,15 +653,14 @@ if wandb_log and writing:
 
 signals = []
 
-
 def on_signal(number, frame):
     signals.append(number)
     if len(signals) > 1 and world_size == 1:  # torchrun repeats the signal
         os._exit(128 + number)
     if master and len(signals) == 1:
+        name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f'\n{signal.Signals(number).name}: finishing this update and saving; once more stops at once\n'.encode())
-
+            os.write(2, f'\n{name}: finishing this update and saving; once more stops at once\n'.encode())
 
 for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -707,12 +698,8 @@ with last_words():
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or world_size > 1 or not out_of_memory(error):
                 raise
-            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-            n_micro, batch_size = n_micro * batch_size // smaller, smaller
-            say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
             loss = micro_loss = x = y = None
-            optimizer.zero_grad(set_to_none=True)
-            batches = training_batches()
+            halve_the_batch()
             continue
 
         # step
@@ -727,12 +714,7 @@ with last_words():
 
         # log
         evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
-        interrupted = bool(signals)
-        if world_size > 1:  # the processes stop at the same update
-            votes = torch.tensor(float(interrupted), device=device)
-            dist.all_reduce(votes)
-            interrupted = votes.item() > 0
-        interrupted = interrupted and step < max_iters
+        interrupted = signalled() and step < max_iters
         if not (evaluating or logging or interrupted):
             alive(f'update {step}')
             if step == first_step + 1:  # the first takes longer: it may compile
@@ -742,15 +724,15 @@ with last_words():
         seconds = (time.time() - logged_at) / max(1, step - logged_step)
         speed = tokens_per_update / seconds
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-        row = [step, f'{elapsed + time.time() - began:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+        since = elapsed + time.time() - began
+        row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
         say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
             f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left', flush=True)
         if device == 'cpu' and seconds > 3 * fastest:
-            say(f'note    updates take {seconds / fastest:.0f} times as long as they did: another program has the cores; '
-                'if it stays, Ctrl-C and --resume --threads=1')
-            fastest = math.inf  # said once
-        fastest = min(fastest, seconds)
+            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses the cores; '
+                'if it goes on, Ctrl-C and then --resume --threads=1')
+        fastest = min(fastest, seconds) if seconds < 3 * fastest else math.inf  # say it once
         if dry_run and step - first_step >= 2 * log_interval:
             break
 
@@ -769,23 +751,15 @@ with last_words():
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
             stopped_early = 0 < patience <= (step - best_step) // eval_interval
         if writing:
-            with open(log_path, 'a', encoding='utf-8', newline='') as file:
-                csv.writer(file).writerow(row)
-                file.flush()
-                if evaluating or interrupted:  # the rows last as long as the checkpoint
-                    os.fsync(file.fileno())
+            write_log(row, lasting=evaluating or interrupted)
             if evaluating and better:
                 save_checkpoint(best_path, state())
             if evaluating or interrupted:
                 save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
-            if wandb_log:
-                wandb.log({name: float(value) for name, value in zip(COLUMNS, row) if value != ''}, step=step)
             if evaluating:
                 plot()
             if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
-                prompt = next(prepare.val_batches(data.val, 16, 1))[0]
-                ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
-                print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
+                print_sample()
         logged_step, logged_at = step, time.time()
 
 # ----------------------------------------------------------------------------
