@@ -222,7 +222,7 @@ def ask(question, default, check=None):
             if check:
                 check(value)
             return value
-        except ValueError as error:
+        except (ValueError, ConnectionError) as error:
             print(f'  {error}')
         except (EOFError, KeyboardInterrupt, RuntimeError, OSError):
             stop('no answer (is this a terminal?): each question is also a flag, see --help')

@@ -72,6 +72,9 @@ class GPTConfig:
         for name in ('mlp_ratio', 'rope_theta', 'norm_eps'):
             if not getattr(self, name) > 0:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0')
+        for name, width in (('hidden_dim', self.hidden_dim), ('n_head * head_dim', self.n_head * self.head_dim)):
+            if width >= 2**24:
+                raise ValueError(f'{name} is {width}: it must be below 2^24')
 
     @property
     def hidden_dim(self):
@@ -275,6 +278,11 @@ class GPT(nn.Module):
         """(..., C) -> (..., vocab_size)"""
         return self.head(x)
 
+    def train(self, mode=True):
+        if mode:
+            fast_layout(self, by_columns=False)  # which the optimizer's state has
+        return super().train(mode)
+
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
@@ -320,8 +328,6 @@ class GPT(nn.Module):
                     break
                 logits = step(ids.unsqueeze(1))
         finally:
-            if was_training:
-                fast_layout(self, by_columns=False)
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
@@ -420,7 +426,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def inverse_root(gram):
-    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values between 0.7
+    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values between 0.4
     and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four steps of
     https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do): in bfloat16 a spectrum
     over two decades came out wrong by 18 %."""
@@ -517,12 +523,18 @@ def load_optimizer(optimizer, state):
         optimizer.load_state_dict(state)
         for group, own in zip(optimizer.param_groups, options):
             group.update(own)
+        fused = {p for group in optimizer.param_groups if group.get('fused') for p in group['params']}
         for p, values in optimizer.state.items():
             for name, value in values.items():
-                if torch.is_tensor(value):  # dense, and of the weight's shape, or a factor of it
-                    right = value.layout == torch.strided and value.dtype in (p.dtype, torch.float32)
-                    if not right or torch.broadcast_shapes(value.shape, p.shape) != p.shape:
-                        raise ValueError(f'{name} is {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
+                if not torch.is_tensor(value):
+                    continue
+                fits = value.shape == p.shape or (name == 'step' and value.dim() == 0)
+                if p not in fused:  # a factor of the shape will do; a fused step would write past its end
+                    fits = torch.broadcast_shapes(value.shape, p.shape) == p.shape
+                if not fits or value.layout != torch.strided or value.dtype not in (p.dtype, torch.float32):
+                    raise ValueError(f'{name} is {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
+                if value.shape == p.shape and value.stride() != p.stride():
+                    values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
 
@@ -592,8 +604,8 @@ def load_model(state):
     return model.to(weights['embedding.weight'].device)
 
 
-# Hugging Face folders of Llama and Qwen3 models stand wherever a checkpoint does. The two tables serve both directions:
-# modules here and there (one below the other there, where ours is one matrix), and fields of the configuration.
+# A Hugging Face folder of a Llama or a Qwen3 stands wherever a checkpoint does. These tables serve both directions: modules
+# here and there (where ours is one matrix, theirs one below the other), fields of the configuration, and what is fixed.
 MODULES = {
     'embedding': ['embed_tokens'],
     'attention_norm': ['input_layernorm'],
@@ -608,7 +620,8 @@ MODULES = {
 }
 SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
              n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size', head_dim='head_dim',
-             rope_theta='rope_theta', norm_eps='rms_norm_eps')
+             rope_theta='rope_theta', norm_eps='rms_norm_eps', bias='attention_bias')
+FIXED = dict(hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False)
 
 
 def to_hf(config, weights):
@@ -631,50 +644,46 @@ def to_hf(config, weights):
     return result
 
 
-def to_hf_config(config):
+def to_hf_config(c):
     """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can be."""
-    c = config
     if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
         raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm {c.qk_norm}: '
                          'Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
-    known = {*SIZES, 'mlp_ratio', 'dropout', 'bias', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'gradient_checkpointing'}
+    if not c.qk_norm and c.n_embd % c.n_head:
+        raise ValueError(f'n_embd {c.n_embd} does not divide into n_head {c.n_head}, as a Llama has it')
+    known = {*SIZES, 'mlp_ratio', 'dropout', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'gradient_checkpointing'}
     for field in fields(c):
         if field.name not in known and getattr(c, field.name):
             raise ValueError(f'{field.name} is {getattr(c, field.name)}: neither Llama nor Qwen3 has it')
-    return dict(
-        {theirs: getattr(c, ours) for ours, theirs in SIZES.items()},
-        architectures=['Qwen3ForCausalLM' if c.qk_norm else 'LlamaForCausalLM'],
-        model_type='qwen3' if c.qk_norm else 'llama',
-        intermediate_size=c.hidden_dim,
-        hidden_act='silu',
-        tie_word_embeddings=True,
-        attention_bias=c.bias,
-        mlp_bias=c.bias,
-        rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta},
-    )
+    sizes = {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
+    family = dict(model_type='llama', architectures=['LlamaForCausalLM'], mlp_bias=c.bias)
+    if c.qk_norm:
+        family = dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'])
+    rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
+    return {**family, **sizes, **FIXED, 'intermediate_size': c.hidden_dim, 'rope_parameters': rope}
 
 
 def from_hf_config(theirs):
-    """The dict in config.json -> GPTConfig; ValueError names what a GPT cannot be."""
+    """What config.json says -> GPTConfig; ValueError names what a GPT of this file cannot be."""
     qwen3 = theirs.get('model_type') == 'qwen3'
     rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
     rope.setdefault('rope_type', rope.get('type'))
-    defaults = dict(rope_type='default', rope_theta=10000.0, partial_rotary_factor=1.0, rms_norm_eps=1e-6,
-                    hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False, quantization_config=None,
-                    attention_bias=False, mlp_bias=False, layer_types=[], model_type=None,
-                    num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0)
+    defaults = dict(
+        model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False, layer_types=[],
+        num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0, rms_norm_eps=1e-6, rope_theta=10000.0,
+        rope_type='default', partial_rotary_factor=1.0, attention_bias=False, mlp_bias=False, quantization_config=None)
     c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
-    right = dict(model_type='qwen3' if qwen3 else 'llama', rope_type='default', partial_rotary_factor=1.0,
-                 hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False, quantization_config=None,
-                 attention_bias=False if qwen3 else c['mlp_bias'],
-                 layer_types=['full_attention'] * len(c['layer_types']))
+    right = FIXED | dict(
+        model_type='qwen3' if qwen3 else 'llama', layer_types=['full_attention'] * len(c['layer_types']),
+        rope_type='default', partial_rotary_factor=1.0, attention_bias=not qwen3 and c['mlp_bias'],
+        quantization_config=None)
     for name, value in right.items():
         if c[name] != value:
-            raise ValueError(f'{name} is {c[name]!r:.60}, which a GPT of this program cannot be')
+            raise ValueError(f'{name} is {c[name]!r:.60}, which a GPT of this program cannot have')
     for name in (*SIZES.values(), 'intermediate_size'):
         if name not in c:
             raise ValueError(f'config.json has no {name}')
-    config = GPTConfig(**{ours: c[name] for ours, name in SIZES.items()}, qk_norm=qwen3, bias=c['attention_bias'])
+    config = GPTConfig(**{ours: c[name] for ours, name in SIZES.items()}, qk_norm=qwen3)
     hidden = c['intermediate_size']
     if type(hidden) is not int or hidden % 64 or not 0 < hidden < 2**24:
         raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
@@ -704,59 +713,59 @@ def hf_tokenizer(folder):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f'{os.path.join(folder, "tokenizer.json")} has no vocabulary') from None
-    ends = []
-    for name in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
-        if os.path.exists(os.path.join(folder, name)):
-            said = read_json(folder, name)
-            token, end = said.get('eos_token'), said.get('eos_token_id')
-            if isinstance(token, dict):
-                token = token.get('content')
-            ends.append(ids.get(token) if isinstance(token, str) else None)
-            ends += end if isinstance(end, list) else [end]
-    ends = [end for end in ends if type(end) is int and 0 <= end < size]
-    return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': ends[0] if ends else None, 'vocab_size': size}
+    end = None
+    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):  # the last that knows it counts
+        said = read_json(folder, name) if os.path.exists(os.path.join(folder, name)) else {}
+        token, found = said.get('eos_token'), said.get('eos_token_id')
+        if isinstance(token, dict):
+            token = token.get('content')
+        if isinstance(token, str):
+            found = ids.get(token)
+        if isinstance(found, list):
+            found = next(iter(found), None)
+        if type(found) is int and 0 <= found < size:
+            end = found
+    return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': end, 'vocab_size': size}
 
 
 def load_folder(folder, device='cpu'):
-    """load_checkpoint() for a Hugging Face folder. All shapes are compared before anything is read."""
+    """load_checkpoint() of a Hugging Face folder. All shapes are compared before anything is read."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError(f'{folder} is read with the package safetensors: pip install safetensors') from None
     try:
         config = from_hf_config(read_json(folder, 'config.json'))
-        files = {'model.safetensors'}
-        if os.path.exists(os.path.join(folder, 'model.safetensors.index.json')):
-            files = set(read_json(folder, 'model.safetensors.index.json').get('weight_map', {}).values())
+        tokenizer = hf_tokenizer(folder)
+        if tokenizer['vocab_size'] > config.vocab_size:
+            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, the model {config.vocab_size}')
+        with torch.device('meta'):
+            groups = to_hf(config, GPT(config).state_dict())
+        files, index = ['model.safetensors'], 'model.safetensors.index.json'
+        if os.path.exists(os.path.join(folder, index)):
+            files = sorted(set(read_json(folder, index).get('weight_map', {}).values()))
         there = {}
-        for file in sorted(files):
+        for file in files:
             shard = safe_open(os.path.join(folder, os.path.basename(file)), 'pt')
             there.update(dict.fromkeys(shard.keys(), shard))
-        with torch.device('meta'):
-            parts = to_hf(config, GPT(config).state_dict())
-        expected = {name: part for group in parts.values() for name, part in group.items()}
-        for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
-            if not name.endswith('.inv_freq'):
-                raise ValueError(f'this model has no place for {name}')
+        expected = {name: part for group in groups.values() for name, part in group.items()}
         for name, part in expected.items():
             if name not in there:
                 raise ValueError(f'{name} is missing')
             found = there[name].get_slice(name)
             if found.get_shape() != list(part.shape) or found.get_dtype() not in ('F32', 'F16', 'BF16'):
-                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, not {list(part.shape)} in float32, '
-                                 'float16 or bfloat16')
+                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, not {list(part.shape)} in F32, F16, BF16')
+        for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
+            if not name.endswith('.inv_freq'):  # constants, which old folders have
+                raise ValueError(f'this model has no place for {name}')
         weights = {}
-        for name, group in parts.items():
+        for name, group in groups.items():
             weights[name] = torch.cat([there[part].get_tensor(part).float() for part in group]).to(device)
         weights['head.weight'] = weights['embedding.weight']
-        tokenizer = hf_tokenizer(folder)
-        if tokenizer['vocab_size'] > config.vocab_size:
-            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, the model {config.vocab_size}')
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'{folder}: {error}') from None
-    unknown = {name: kind() for name, kind in FIELDS.items()}
-    return unknown | dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan,
-                          best_val_loss=math.inf)
+    known = dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan, best_val_loss=math.inf)
+    return {name: kind() for name, kind in FIELDS.items()} | known
 
 
 # ----------------------------------------------------------------------------
@@ -841,7 +850,8 @@ class LossInSlices(torch.autograd.Function):
             grad_x[i : i + rows], *found = torch.autograd.grad(part_loss, (part, *weights), allow_unused=True)
             for j, grad in enumerate(found):
                 if grad is not None:
-                    grads[j] = grad if grads[j] is None else grads[j].add_(grad)
+                    # two parameters that are added have one gradient: each needs its own
+                    grads[j] = grad.clone() if grads[j] is None else grads[j].add_(grad)
             del part_loss, found, grad  # before the next ones are made
         ctx.save_for_backward(grad_x, *grads)
         return total
@@ -856,7 +866,7 @@ class LossInSlices(torch.autograd.Function):
 
 @torch.compiler.disable
 def loss_in_slices(loss, x, targets, model):
-    return LossInSlices.apply(loss, x, targets, *model.parameters())
+    return LossInSlices.apply(loss, x, targets, *(p for p in model.parameters() if p.requires_grad))
 
 
 def fast_loss(loss, x, targets, model):
@@ -916,10 +926,11 @@ def fast_step(model, cache):
                 step(ids)  # warms up; what it writes, the first real step writes again
             torch.cuda.current_stream().wait_stream(side)
             cache.next -= 1
+            cache.length -= 1
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread may be preparing batches
                 logits = step(ids)
-        cache.length -= 2
+        cache.length -= 1
         return graph, logits
 
     def replay(next_ids):

@@ -3,9 +3,7 @@
     python sample.py --start="ROMEO:"
     python sample.py --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
     python sample.py --interactive              # type, read, continue
-    python sample.py --export=my-gpt            # a Hugging Face folder, with model.gguf for llama.cpp and ollama in it
-
-Other programs read at most block_size tokens as this one does; here a longer text slides through that window.
+    python sample.py --export=my-gpt            # a Hugging Face folder, and in it model.gguf for llama.cpp
 """
 
 import os
@@ -97,7 +95,7 @@ def about():
 
 
 def beginning():
-    """What stands before a document: the end of another one, or a line break, or where there is none any character."""
+    """What stands before a document: the end of another one, or else a line break, or else any token."""
     if coder.end_of_text is not None:
         return [coder.end_of_text]
     with suppress(ValueError):
@@ -116,7 +114,7 @@ def draw(ids, drawn, **options):
 
 
 def write(tokens):
-    """Print ids as they come: no character cut in two, nothing a terminal would obey, ended before the stop string."""
+    """Print ids as they come: whole characters, nothing that a terminal would obey, up to the stop string."""
     piece, held = coder.decoder(), ''
     for id in tokens:
         if id == coder.end_of_text:
@@ -131,26 +129,25 @@ def write(tokens):
     print(printable(held + piece(None)), flush=True)
 
 
-def command(word, value):
-    """Do what a line of a talk that begins with / asks for, but for those that end something."""
-    if word in COMMANDS:
-        name = COMMANDS[word]
-        chosen = {name: checked(word, parse(value, config[name]), config[name])}
-        check(chosen, name, *RANGES[name])
-        if name != 'seed':
-            drawing.update(chosen)
-        elif chosen['seed']:
-            generator.manual_seed(chosen['seed'])
-    elif word == '/info':
-        print(about(), ', '.join(f'{name} {value}' for name, value in drawing.items()), sep='\n')
-    else:
-        comments = read_block(__file__)[1]
-        for word, name in COMMANDS.items():
-            print(f'{word + " NUMBER":20} {comments[name]}')
-        print('/info                what the model is, and the settings\n'
-              '/reset               forget the text so far\n'
-              '/quit                or Ctrl-D; Ctrl-C stops a text\n'
-              'anything else        is continued; \\n is a line break, an empty line goes on')
+def set_drawing(command, text):
+    """What /temperature 0.7 and its like ask for."""
+    name = COMMANDS[command]
+    chosen = {name: checked(command, parse(text, config[name]), config[name])}
+    check(chosen, name, *RANGES[name])
+    if name != 'seed':
+        drawing.update(chosen)
+    elif chosen['seed']:
+        generator.manual_seed(chosen['seed'])
+
+
+def show_help():
+    comments = read_block(__file__)[1]
+    for command, name in COMMANDS.items():
+        print(f'{command + " NUMBER":20} {comments[name]}')
+    print('/info                the model, the settings, and how much it has read\n'
+          '/reset               forget the text so far\n'
+          '/quit                or Ctrl-D; Ctrl-C stops a text\n'
+          'anything else        is continued; \\n is a line break, an empty line goes on')
 
 
 def talk():
@@ -164,9 +161,12 @@ def talk():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             typed = input('\n> ')
             signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print()
+            os._exit(130)
         interrupted.clear()
         word, _, value = typed.partition(' ')
         try:
@@ -174,12 +174,19 @@ def talk():
                 return
             if word == '/reset':
                 cache = None
+            elif word == '/info':
+                print(about())
+                print(*[f'{name} {value},' for name, value in drawing.items()], end=' ')
+                print(f'{cache.length if cache else 0:,} tokens read, of which the last {block_size:,} count')
+            elif word in COMMANDS:
+                set_drawing(word, value)
             elif word.startswith('/'):
-                command(word, value)
+                show_help()
             else:
                 ids = coder.encode(typed.replace('\\n', '\n'))
                 if cache is None:
-                    cache, unread = KVCache(model.config, 1, device, model.embedding.weight.dtype), beginning()
+                    unread = beginning()
+                    cache = KVCache(model.config, 1, device, model.embedding.weight.dtype)
                 drawn = []
                 write(row[0] for row in draw(unread + ids, drawn, cache=cache))
                 unread = drawn[-1]  # the cache has read all before it
@@ -192,57 +199,65 @@ def talk():
 
 
 def splitter_name(splitter):
-    """llama.cpp's name of the way in which a tokenizer.json splits a text into words; None where it is not known here."""
-    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-             r'|\s+(?!\S)|\s+')
+    """llama.cpp's name for how a tokenizer.json splits a text into words; None where it is not known here."""
+    qwen = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+            r'|\s+(?!\S)|\s+')
     names = {('ByteLevel',): 'gpt-2', (PATTERN, 'ByteLevel'): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm',
-             (words % '', 'ByteLevel'): 'qwen2', (words % '{1,3}', 'ByteLevel'): 'llama-bpe'}
-    parts = splitter.get('pretokenizers', [splitter])
-    return names.get(tuple(part['pattern'].get('Regex') if part['type'] == 'Split' else part['type'] for part in parts))
+             (qwen, 'ByteLevel'): 'qwen2'}
+    steps = splitter.get('pretokenizers', [splitter])
+    return names.get(tuple(step.get('pattern', {}).get('Regex', step['type']) for step in steps))
+
+
+def llama_vocabulary(tokenizer):
+    """-> llama.cpp's name for how words are split, {token: id}, merges, the special tokens, the id of the end;
+    ValueError where llama.cpp cannot have such a tokenizer."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if coder.kind == 'char':  # each character is made of the letters for its bytes
+        spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+        ids = {spell(character)[0][0]: id for character, id in coder.ids.items()}
+        merges = {f'{token[:i]} {token[i]}': None for token in ids for i in range(1, len(token))}
+        end = len(ids)  # there must be one, or llama.cpp takes the 11th token; and a merge, but no word has a and 0
+        return 'gpt-2', ids, [*merges] or ['a 0'], [{'content': END_OF_TEXT, 'id': end, 'special': True}], end
+    contents = json.loads(tokenizer.to_str())
+    name = splitter_name(contents['pre_tokenizer'] or {'type': ''})
+    if contents['model']['type'] != 'BPE' or name is None:
+        raise ValueError("llama.cpp's name for this kind of tokenizer is not known here")
+    merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in contents['model']['merges']]
+    return name, contents['model']['vocab'], merges, contents['added_tokens'], coder.end_of_text
 
 
 def write_gguf(path, weights, tokenizer):
-    """The file that llama.cpp reads; ValueError, and no file, where it cannot have such a tokenizer."""
+    """The file that llama.cpp reads; ValueError, and no file, where it cannot have the tokenizer."""
     import gguf
-    from tokenizers.pre_tokenizers import ByteLevel
 
-    c, contents = model.config, json.loads(tokenizer.to_str())
-    ids, merges, added = contents['model']['vocab'], contents['model'].get('merges'), contents['added_tokens']
-    end, splitter = coder.end_of_text, splitter_name(contents['pre_tokenizer'] or {'type': ''})
-    if coder.kind == 'char':  # a character is what the letters of its bytes merge into
-        spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
-        ids = {spell(char)[0][0]: id for char, id in coder.ids.items()}
-        pairs = {(token[:i], token[i]): None for token in ids for i in range(1, len(token))}
-        merges, splitter = [*pairs] or [('a', '0')], 'gpt-2'  # there must be one; a and 0 never share a word
-        # Where no token ends a text, llama.cpp takes the 11th for that. So there is one more, as rare as the rarest.
-        letters = torch.arange(len(ids))[None, :block_size]
-        rarest = model(letters, letters)[0].mean((0, 1)).argmin()
-        end, table = len(ids), weights['model.embed_tokens.weight']
-        weights = {**weights, 'model.embed_tokens.weight': torch.cat((table, table[rarest][None]))}
-        added = [{'content': END_OF_TEXT, 'id': end, 'special': True}]
-    elif contents['model']['type'] != 'BPE' or splitter is None:
-        raise ValueError("llama.cpp's name for this kind of tokenizer is not known here")
-    size, kinds = len(weights['model.embed_tokens.weight']), gguf.TokenType
-    tokens, types = [f'[PAD{i}]' for i in range(size)], [kinds.UNUSED] * size
+    c, family, kinds = model.config, 'qwen3' if model.config.qk_norm else 'llama', gguf.TokenType
+    splitter, ids, merges, special, end = llama_vocabulary(tokenizer)
+    table = weights['model.embed_tokens.weight']
+    if end == len(table):  # one more, as rare as the rarest
+        every = torch.arange(end)[None, :block_size]
+        rarest = model(every, every)[0].mean((0, 1)).argmin()
+        table = torch.cat((table, table[rarest][None]))
+    tokens = [f'[PAD{i}]' for i in range(len(table))]
+    types = [kinds.UNUSED] * len(table)
     for token, id in ids.items():
         tokens[id], types[id] = token, kinds.NORMAL
-    for token in added:
+    for token in special:
         tokens[token['id']] = token['content']
         types[token['id']] = kinds.CONTROL if token['special'] else kinds.USER_DEFINED
     facts = dict(
-        context_length=c.block_size, embedding_length=c.n_embd, block_count=c.n_layer, feed_forward_length=c.hidden_dim,
-        head_count=c.n_head, head_count_kv=c.n_kv_head, key_length=c.head_dim, value_length=c.head_dim,
+        context_length=c.block_size, embedding_length=c.n_embd, block_count=c.n_layer, head_count=c.n_head,
+        head_count_kv=c.n_kv_head, feed_forward_length=c.hidden_dim, key_length=c.head_dim, value_length=c.head_dim,
         rope_dimension_count=c.head_dim, rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps,
-        tokenizer_model='gpt2', tokenizer_pre=splitter, token_list=tokens, token_types=types,
-        token_merges=[pair if isinstance(pair, str) else ' '.join(pair) for pair in merges], add_bos_token=False)
+        tokenizer_model='gpt2', tokenizer_pre=splitter, token_list=tokens, token_types=types, token_merges=merges,
+        add_bos_token=False)
     if end is not None:
         facts.update(bos_token_id=end, eos_token_id=end)
-    family = 'qwen3' if c.qk_norm else 'llama'
     writer = gguf.GGUFWriter(path, family)
     for name, value in facts.items():
         getattr(writer, f'add_{name}')(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
-    for name, weight in weights.items():
+    for name, weight in {**weights, 'model.embed_tokens.weight': table}.items():
         heads = {'q_proj': c.n_head, 'k_proj': c.n_kv_head}.get(name.split('.')[-2])
         if family == 'llama' and heads:  # there RoPE turns neighbours, not half against half
             weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (rows, ...) again
@@ -270,18 +285,20 @@ def write_folder(folder):
     shape, weights = to_hf_config(model.config), {}
     for group in to_hf(model.config, model.state_dict()).values():
         weights.update(group)
-    parent, needed = os.path.dirname(os.path.abspath(folder)), 2.1 * sum(weight.nbytes for weight in weights.values())
+    parent = os.path.dirname(os.path.abspath(folder))
+    needed = 2.1 * sum(weight.nbytes for weight in weights.values())
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f'{folder} exists: choose a new folder for --export')
     if shutil.disk_usage(parent).free < needed:
-        raise ValueError(f'{folder} needs {needed / 1e6:,.0f} MB, which its disk has not')
+        raise ValueError(f'{folder} needs {needed / 1e6:,.0f} MB, more than is free')
     end = coder.end_of_text
-    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
     name_of_end = None if end is None else tokenizer.id_to_token(end)
-    about_tokenizer = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=name_of_end, eos_token=name_of_end,
-                           model_max_length=block_size, clean_up_tokenization_spaces=False)
+    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
+    tokenizer_config = dict(
+        tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, model_max_length=block_size,
+        bos_token=name_of_end, eos_token=name_of_end)
     files = {'config.json': {**shape, **special, 'dtype': dtype}, 'generation_config.json': special,
-             'tokenizer_config.json': about_tokenizer, 'tokenizer.json': json.loads(tokenizer.to_str())}
+             'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
     with tempfile.TemporaryDirectory(prefix='.export-', dir=parent) as aside:
         new = os.path.join(aside, 'new')
         os.mkdir(new)
@@ -289,7 +306,7 @@ def write_folder(folder):
             with open(os.path.join(new, name), 'w', encoding='utf-8') as file:
                 json.dump(contents, file, indent=2)
         save_file(weights, os.path.join(new, 'model.safetensors'), metadata={'format': 'pt'})
-        note(f'{folder}: the model in {dtype}, as Hugging Face has it')
+        note(f'{folder}: a Hugging Face folder, the weights in {dtype}')
         try:
             write_gguf(os.path.join(new, 'model.gguf'), weights, tokenizer)
             note(f'{folder}/model.gguf: the same for llama.cpp, ollama, LM Studio')
@@ -299,7 +316,7 @@ def write_folder(folder):
             os.rmdir(folder)
         os.replace(new, os.path.abspath(folder))
     if coder.kind == 'char':
-        note('other programs skip characters that the text it was trained on did not have')
+        note('in other programs characters that the training text did not have are skipped')
 
 
 # ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 import os
 import signal
 
-if __name__ == '__main__':
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing to save yet
 
 import contextlib
@@ -120,7 +120,7 @@ def show_status():
                   f'best validation loss {run["best_val_loss"]:.4f}, saved {saved}')
             script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
             command = f'python {script} --out_dir={folder}'
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             print(f'run in {folder}: {error}')
     print(f'next: {command}')
 
@@ -295,6 +295,8 @@ def settings_for(seconds):
         weight_decay=0.0, eval_interval=updates, eval_iters=200,
     )
 
+if minutes and saved:
+    say(f'note    --minutes sizes a new run: the one from {source} keeps its max_iters')
 if minutes and not saved:
     dial = settings_for(60 * minutes)
     chosen = configure(GPTConfig, __file__, saved={**defaults, **dial})
@@ -357,6 +359,42 @@ if tokens_per_update % micro_tokens:
          f'block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
+# batches, and what to do where memory, disk or data give out
+
+def training_batches():
+    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes
+    the next tokens_per_update / block_size of them, whichever way they are shared out."""
+    first = tokens_seen // block_size + rank * batch_size
+    return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
+
+def out_of_memory(error):
+    """Whether it says so, in whatever words the device has for it."""
+    return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
+
+def halve_the_batch():
+    """After out of memory: smaller micro-batches, more of them, for the same update."""
+    global n_micro, batch_size
+    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+    n_micro, batch_size = n_micro * batch_size // smaller, smaller
+    say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
+    optimizer.zero_grad(set_to_none=True)
+
+@contextlib.contextmanager
+def last_words():
+    """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        left = f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+        if isinstance(error, OSError):
+            stop(f'{error.filename}: {error.strerror}; {left}' if error.filename else f'{error}; {left}')
+        if not out_of_memory(error):
+            raise
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {left}. Weights, '
+             f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
+             'or --gradient_checkpointing')
+
+# ----------------------------------------------------------------------------
 # how many threads, how many updates, compiled or not: by a few real updates
 
 def trial():
@@ -374,7 +412,14 @@ def trial():
 seconds = 0.0  # of an update; 0: not known
 if not eval_only and (minutes or compile == 'auto' or threads == 0 and device == 'cpu'):
     weights = [p.detach().clone() for p in model.parameters()]
-    seconds = min(trial(), trial())
+    with last_words():
+        while not seconds:
+            try:
+                seconds = min(trial(), trial())
+            except (RuntimeError, MemoryError) as error:
+                if batch_size == 1 or world_size > 1 or not out_of_memory(error):
+                    raise
+                halve_the_batch()
     if threads == 0 and device == 'cpu' and world_size == 1 and seconds < 0.5:
         threads = hardware.fastest_threads(trial, torch.get_num_threads())
         seconds = trial()
@@ -389,7 +434,10 @@ if not eval_only and (minutes or compile == 'auto' or threads == 0 and device ==
         seconds = slowest.item()
 if minutes and not saved:
     left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
-    max_iters = eval_interval = max(1, int(left / seconds))
+    if max_iters == dial['max_iters']:  # not given by a flag or a config file
+        max_iters = max(1, int(left / seconds))
+    if eval_interval == dial['eval_interval']:  # ten evaluations at most, two minutes apart at least
+        eval_interval = min(max_iters, max(max_iters // 10, int(120 / seconds)))
     flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
     say(f'minutes {minutes:g} of them are this run: python train.py --dataset={dataset} {flags}')
 if resume:
@@ -457,40 +505,6 @@ def learning_rate_scale(step):
         return max(floor, min(1.0, (last - step) / max(1, cooldown * last)))
     done = min(1.0, (step - warmup_iters) / max(1, last - warmup_iters))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-def training_batches():
-    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes
-    the next tokens_per_update / block_size of them, whichever way they are shared out."""
-    first = tokens_seen // block_size + rank * batch_size
-    return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
-
-def out_of_memory(error):
-    """Whether it says so, in whatever words the device has for it."""
-    return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
-
-def halve_the_batch():
-    """After out of memory: smaller micro-batches, more of them, for the same update."""
-    global n_micro, batch_size, batches
-    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-    n_micro, batch_size = n_micro * batch_size // smaller, smaller
-    say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
-    optimizer.zero_grad(set_to_none=True)
-    batches = training_batches()
-
-@contextlib.contextmanager
-def last_words():
-    """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
-    try:
-        yield
-    except (OSError, RuntimeError, MemoryError) as error:
-        left = f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
-        if isinstance(error, OSError):
-            stop(f'{error.filename}: {error.strerror}; {left}' if error.filename else f'{error}; {left}')
-        if not out_of_memory(error):
-            raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {left}. Weights, '
-             f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
-             'or --gradient_checkpointing')
 
 @torch.no_grad()
 def evaluate():
@@ -700,6 +714,7 @@ with last_words():
                 raise
             loss = micro_loss = x = y = None
             halve_the_batch()
+            batches = training_batches()
             continue
 
         # step
