@@ -1,9 +1,10 @@
-"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; sampling, its optimizer, checkpoints.
+"""The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; sampling, its optimizer,
+checkpoints.
 
     python model.py        # the presets, and a forward, a backward and a generation as a self-check
 
-Each formula stands here once. What exists for speed or memory alone is the last section, which need not be read.
-"""
+Each formula stands here once. What exists for speed or memory alone is the last section, which need not be
+read."""
 
 import functools
 import json
@@ -23,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------
 # Shape
-
 
 @dataclass
 class GPTConfig:
@@ -80,7 +80,6 @@ class GPTConfig:
     def hidden_dim(self):
         return 64 * math.ceil(round(self.mlp_ratio * self.n_embd / 64, 6))
 
-
 # near 10M, 25M, 80M and 350M parameters, the embedding (which is also the head) included
 presets = {
     'tiny': dict(block_size=256, vocab_size=8192, n_layer=7, n_head=5, n_kv_head=1, n_embd=320),
@@ -89,15 +88,12 @@ presets = {
     'large': dict(block_size=2048, vocab_size=32768, n_layer=28, n_head=16, n_kv_head=4, n_embd=1024),
 }
 
-
 def config_from(settings, cls=GPTConfig, **changes):
     """The GPTConfig of a script's settings, which have a value for each of its fields."""
     return cls(**{field.name: settings[field.name] for field in fields(cls)} | changes)
 
-
 # ----------------------------------------------------------------------------
 # The model
-
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; https://arxiv.org/abs/1910.07467 (4)."""
@@ -105,7 +101,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         x = fast_rms_norm(x, self.eps or torch.finfo(x.dtype).eps)
         return x if self.weight is None else x * self.weight.to(x.dtype)
-
 
 class Linear(nn.Linear):
     """nn.Linear that starts normal with a standard deviation of 0.5 / sqrt(inputs), its bias at zero."""
@@ -118,45 +113,40 @@ class Linear(nn.Linear):
     def forward(self, x):
         return fast_linear(x, self.weight, self.bias)
 
-
 def make_norm(size, config):
     if config.use_rms_norm:
         return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
-
 def rope(positions, config):
-    """cos and sin (T, 1, head_dim) of positions (T,), the minus of rotate's first half in sin. The angles are made in
-    float64 where the device has it: in float32 those of the ten-millionth position are off by half a turn."""
+    """cos and sin (T, 1, head_dim) of positions (T,), the minus of rotate's first half in sin. The angles are
+    made in float64 where the device has it: in float32 those of the ten-millionth position are off by half a
+    turn."""
     wide = torch.float64 if positions.device.type in ('cpu', 'cuda') else torch.float32
     pairs = torch.arange(0, config.head_dim, 2, dtype=wide, device=positions.device)
     angle = torch.outer(positions.to(wide), config.rope_theta ** (-pairs / config.head_dim)).unsqueeze(1)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-
 def rotate(x, cos, sin):
     """RoPE, https://arxiv.org/abs/2104.09864 (34), half against half as in Hugging Face's Llama: each pair
     (i, i + head_dim / 2) of x (B, T, heads, head_dim) turned by the angle of its position."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
-
 def attention_mask(queries, keys, config):
-    """What is added to the score of a query and a key, from their positions (T,) and (S,) -> (T, S): 0 where the key is
-    one of the block_size positions up to the query, else -inf."""
+    """What is added to the score of a query and a key, from their positions (T,) and (S,) -> (T, S): 0 where
+    the key is one of the block_size positions up to the query, else -inf."""
     distance = queries[:, None] - keys
     visible = (distance >= 0) & (distance < config.block_size)
     return torch.where(visible, 0.0, -math.inf)
 
-
 def attention(q, k, v, mask=None, dropout=0.0):
-    """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S, head_dim):
-    neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal."""
+    """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S,
+    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal."""
     group = q.size(1) // k.size(1)
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
-
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -184,12 +174,10 @@ class Attention(nn.Module):
         y = self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(y, c.dropout, self.training)
 
-
 def swiglu(x):
     """silu(gate) * up, (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
-
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -205,7 +193,6 @@ class MLP(nn.Module):
         x = fast_recompute(self.project, self.up(x))
         return F.dropout(x, self.config.dropout, self.training)
 
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -218,11 +205,10 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
-
 def token_loss(logits, targets):
-    """Sum of the cross entropies, in nats, of logits (N, vocab_size) against targets (N,); -1 does not count."""
+    """Sum of the cross entropies, in nats, of logits (N, vocab_size) against targets (N,); -1 does not
+    count."""
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
-
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -236,9 +222,10 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=1 / config.n_embd)
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
-        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size) and their mean
-        cross entropy; return_logits=False gives None and the loss, and never holds all logits at once. Without targets:
-        the last position's (B, 1, vocab_size) and None. T is at most block_size, or with a cache, which it continues, any."""
+        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size)
+        and their mean cross entropy; return_logits=False gives None and the loss, and never holds all logits
+        at once. Without targets: the last position's (B, 1, vocab_size) and None. T is at most block_size, or
+        with a cache, which it continues, any."""
         if cache is not None:
             for part in input_ids.split(self.config.block_size, dim=1):
                 x = self.trunk(part, cache)
@@ -287,17 +274,19 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Of a training step, forward and backward: 6 N + 12 L H Q T; appendix B of https://arxiv.org/abs/2204.02311."""
+        """Of a training step, forward and backward: 6 N + 12 L H Q T; appendix B of
+        https://arxiv.org/abs/2204.02311."""
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     @torch.no_grad()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, generator=None,
                stop_token=None, cache=None):
-        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of one prompt
-        (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. With a cache, input_ids
-        continue what it has read. T and max_new_tokens have no limit: a token sees the block_size positions up to itself.
-        The arithmetic is that of the weights: model.to(torch.bfloat16) first for speed."""
+        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
+        one prompt (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. With
+        a cache, input_ids continue what it has read. T and max_new_tokens have no limit: a token sees the
+        block_size positions up to itself. The arithmetic is that of the weights: model.to(torch.bfloat16)
+        first for speed."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f'input_ids must be (B, T) with at least one token each, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
@@ -331,10 +320,10 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
-        """The prompts (B, T) with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows stopped."""
+        """The prompts (B, T) with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows
+        stopped."""
         new = torch.stack(list(self.stream(input_ids, max_new_tokens, **options)), dim=1)
         return torch.cat((input_ids.to(new.device).expand(new.size(0), -1), new), dim=1)
-
 
 def create_model(preset, **changes):
     """A GPT of one of the presets; changes are GPTConfig fields."""
@@ -342,17 +331,16 @@ def create_model(preset, **changes):
         raise ValueError(f"there is no preset '{preset}': choose one of {', '.join(presets)}")
     return GPT(GPTConfig(**{**presets[preset], **changes}))
 
-
 # ----------------------------------------------------------------------------
 # KV cache and sampling
 
-
 class KVCache:
-    """Keys and values of the last block_size positions. Position p is kept in slot p % size, and `at` has the position
-    that each slot holds, so that attention_mask() follows from positions alone: a text may go on for ever, and past
-    block_size the meaning is a forward over all of it with a banded mask of that width. size grows with the text, by
-    doubling, up to block_size. One token is written first and then attends to the slots; of several at once the first
-    still need what the last will replace, so they attend to the slots and to one another, and are written afterwards."""
+    """Keys and values of the last block_size positions. Position p is kept in slot p % size, and `at` has the
+    position that each slot holds, so that attention_mask() follows from positions alone: a text may go on for
+    ever, and past block_size the meaning is a forward over all of it with a banded mask of that width. size
+    grows with the text, by doubling, up to block_size. One token is written first and then attends to the
+    slots; of several at once the first still need what the last will replace, so they attend to the slots and
+    to one another, and are written afterwards."""
 
     def __init__(self, config, batch_size, device, dtype):
         self.config = config
@@ -375,7 +363,8 @@ class KVCache:
             self.v = F.pad(self.v, (0, 0, 0, more))
 
     def advance(self, T):
-        """Go on by T positions, at most block_size -> them (T,), and those of the keys that extend() will return (S,)."""
+        """Go on by T positions, at most block_size -> them (T,), and those of the keys that extend() will
+        return (S,)."""
         self.make_room(T)
         self.begins = self.length == 0
         positions = keys = self.next + torch.arange(T, device=self.next.device)
@@ -405,10 +394,10 @@ class KVCache:
         """Go on as n copies of the one sequence read so far."""
         self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
 
-
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """(B, vocab_size) -> (B,) ids: temperature (0: the most likely), then the top_k most likely (0: all), then the
-    fewest of these that reach top_p together. Drawn as the argmax of p / Exp(1): no multinomial, no wait for a GPU."""
+    """(B, vocab_size) -> (B,) ids: temperature (0: the most likely), then the top_k most likely (0: all),
+    then the fewest of these that reach top_p together. Drawn as the argmax of p / Exp(1): no multinomial, no
+    wait for a GPU."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
@@ -420,16 +409,14 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
-
 # ----------------------------------------------------------------------------
 # Optimizer
 
-
 def inverse_root(gram):
-    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values between 0.4
-    and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four steps of
-    https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do): in bfloat16 a spectrum
-    over two decades came out wrong by 18 %."""
+    """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values
+    between 0.4 and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four
+    steps of https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do):
+    in bfloat16 a spectrum over two decades came out wrong by 18 %."""
     steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518), (3.3184, -2.4885, 0.51))
     root = None
     for a, b, c in steps:
@@ -440,11 +427,10 @@ def inverse_root(gram):
         root = p if root is None else p @ root
     return root
 
-
 class Muon(torch.optim.AdamW):
-    """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum, made
-    orthogonal for each matrix. The inverse roots, which are most of the work, are made together, and in a distributed run
-    shared out over the processes. The other groups are AdamW's."""
+    """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum,
+    made orthogonal for each matrix. The inverse roots, which are most of the work, are made together, and in
+    a distributed run shared out over the processes. The other groups are AdamW's."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
@@ -491,10 +477,10 @@ class Muon(torch.optim.AdamW):
             else:
                 p.addmm_(root, u, alpha=-lr * scale)
 
-
 def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay):
-    """'muon': the blocks' linear layers by Muon, every other parameter, whatever its shape, by AdamW; 'adamw': all by
-    AdamW. Decay is on what has two dimensions or more; with Muon on Muon's alone. Each group has its 'peak_lr'."""
+    """'muon': the blocks' linear layers by Muon, every other parameter, whatever its shape, by AdamW;
+    'adamw': all by AdamW. Decay is on what has two dimensions or more; with Muon on Muon's alone. Each group
+    has its 'peak_lr'."""
     if kind not in ('adamw', 'muon'):
         raise ValueError(f"optimizer is '{kind}': it must be muon or adamw")
     hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
@@ -514,7 +500,6 @@ def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_m
         if times[p] != 1:
             raise ValueError(f'{name} is in {times[p]} groups of the optimizer: it must be in one')
     return optimizer
-
 
 def load_optimizer(optimizer, state):
     """A checkpoint's optimizer state into this optimizer, whose own options, which may have changed, stay."""
@@ -538,16 +523,15 @@ def load_optimizer(optimizer, state):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
 
-
 # ----------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain values, which torch.load reads without running anything
 
 FIELDS = dict(iter_num=int, tokens_seen=int, best_step=int, elapsed=float, model=dict, model_config=dict, config=dict,
               tokenizer=dict, dataset_sha256=str, val_loss=float, best_val_loss=float, scaler=dict)
 
-
 def save_checkpoint(path, state):
-    """Written aside, flushed to disk, renamed: whatever happens, path is the old file or the new one, whole."""
+    """Written aside, flushed to disk, renamed: whatever happens, path is the old file or the new one,
+    whole."""
     aside = f'{path}.part'
     try:
         with open(aside, 'wb') as file:
@@ -561,10 +545,9 @@ def save_checkpoint(path, state):
             os.remove(aside)
         raise OSError(f'{path} could not be written ({reason})') from None
 
-
 def load_checkpoint(path, device='cpu'):
-    """The dict that save_checkpoint wrote, or the same from a Hugging Face folder; ValueError where the file is missing,
-    damaged or of another program."""
+    """The dict that save_checkpoint wrote, or the same from a Hugging Face folder; ValueError where the file
+    is missing, damaged or of another program."""
     if os.path.isdir(path) and os.path.exists(os.path.join(path, 'config.json')):
         return load_folder(path, device)
     if not os.path.isfile(path):
@@ -588,9 +571,9 @@ def load_checkpoint(path, device='cpu'):
         raise ValueError(f'{path} has an invalid model_config ({error})') from None
     return state
 
-
 def load_model(state):
-    """The GPT of a checkpoint, ready for more training or sampling. Shapes are compared before anything is allocated."""
+    """The GPT of a checkpoint, ready for more training or sampling. Shapes are compared before anything is
+    allocated."""
     config, weights = GPTConfig(**state['model_config']), state['model']
     with torch.device('meta'):
         expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
@@ -603,9 +586,9 @@ def load_model(state):
     model.load_state_dict(weights)
     return model.to(weights['embedding.weight'].device)
 
-
-# A Hugging Face folder of a Llama or a Qwen3 stands wherever a checkpoint does. These tables serve both directions: modules
-# here and there (where ours is one matrix, theirs one below the other), fields of the configuration, and what is fixed.
+# A Hugging Face folder of a Llama or a Qwen3 stands wherever a checkpoint does. These tables serve both
+# directions: modules here and there (where ours is one matrix, theirs one below the other), fields of the
+# configuration, and what is fixed.
 MODULES = {
     'embedding': ['embed_tokens'],
     'attention_norm': ['input_layernorm'],
@@ -623,9 +606,9 @@ SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_la
              rope_theta='rope_theta', norm_eps='rms_norm_eps', bias='attention_bias')
 FIXED = dict(hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False)
 
-
 def to_hf(config, weights):
-    """A GPT's weights -> {our name: {their name: tensor}}; the head is left out, being the embedding once more."""
+    """A GPT's weights -> {our name: {their name: tensor}}; the head is left out, being the embedding once
+    more."""
     heads = (config.n_head, config.n_kv_head, config.n_kv_head)
     rows = {'attention.qkv': [n * config.head_dim for n in heads], 'mlp.up': [config.hidden_dim] * 2}
     result = {}
@@ -643,9 +626,9 @@ def to_hf(config, weights):
         result[name] = {f'{prefix}.{theirs}.{kind}': part for theirs, part in zip(MODULES[module], parts)}
     return result
 
-
 def to_hf_config(c):
-    """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can be."""
+    """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can
+    be."""
     if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
         raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm {c.qk_norm}: '
                          'Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
@@ -661,7 +644,6 @@ def to_hf_config(c):
         family = dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'])
     rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
     return {**family, **sizes, **FIXED, 'intermediate_size': c.hidden_dim, 'rope_parameters': rope}
-
 
 def from_hf_config(theirs):
     """What config.json says -> GPTConfig; ValueError names what a GPT of this file cannot be."""
@@ -689,7 +671,6 @@ def from_hf_config(theirs):
         raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
     return replace(config, mlp_ratio=hidden / config.n_embd)
 
-
 def read_json(folder, name):
     """The dict in a JSON file; ValueError where there is none."""
     path = os.path.join(folder, name)
@@ -698,7 +679,6 @@ def read_json(folder, name):
             return dict(json.load(file))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{path} is missing or damaged ({type(error).__name__})') from None
-
 
 def hf_tokenizer(folder):
     """The tokenizer of a Hugging Face folder, as meta.json and checkpoints have it."""
@@ -726,7 +706,6 @@ def hf_tokenizer(folder):
         if type(found) is int and 0 <= found < size:
             end = found
     return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': end, 'vocab_size': size}
-
 
 def load_folder(folder, device='cpu'):
     """load_checkpoint() of a Hugging Face folder. All shapes are compared before anything is read."""
@@ -767,20 +746,19 @@ def load_folder(folder, device='cpu'):
     known = dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan, best_val_loss=math.inf)
     return {name: kind() for name, kind in FIELDS.items()} | known
 
-
 # ----------------------------------------------------------------------------
-# Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the plain
-# function in each place that calls one, the program is right and slower. They take the plain function, and restate nothing
-# but attention, whose kernels are the point.
+# Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the
+# plain function in each place that calls one, the program is right and slower. They take the plain function,
+# and restate nothing but attention, whose kernels are the point.
 
 FAST = True
 LARGE = 2**20  # elements from which fast_recompute pays
 MANY_LOGITS = 2**24  # from which fast_loss makes them in slices
 
-
 def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """attention(). With one query the heads that share keys take the place of T, so that nothing is repeated. On a CPU
-    plain products over up to 512 positions take a half to a sixth of the fused kernel's time, forward and backward."""
+    """attention(). With one query the heads that share keys take the place of T, so that nothing is repeated.
+    On a CPU plain products over up to 512 positions take a half to a sixth of the fused kernel's time,
+    forward and backward."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     shared_mask = mask is None or mask.dim() == 2
     if FAST and T == 1 and mask is not None and shared_mask:
@@ -795,10 +773,9 @@ def fast_attention(q, k, v, mask=None, dropout=0.0):
     scores = torch.baddbmm(mask.repeat(H // K, 1), q, k.mT, alpha=D**-0.5)  # (B * K, H / K * T, S)
     return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
 
-
 class UnitRMS(torch.autograd.Function):
-    """F.rms_norm(x, x.shape[-1:], eps=eps) that keeps only its output for backward, in the precision of the matrix
-    product that follows, and passes over memory half as often."""
+    """F.rms_norm(x, x.shape[-1:], eps=eps) that keeps only its output for backward, in the precision of the
+    matrix product that follows, and passes over memory half as often."""
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -817,25 +794,22 @@ class UnitRMS(torch.autograd.Function):
         along = (grad * y).sum(-1, keepdim=True, dtype=scale.dtype).div_(-y.size(-1))
         return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype), None
 
-
 def fast_rms_norm(x, eps):
     """F.rms_norm without its gain: 10 % of a step's time and memory."""
     if FAST and torch.is_grad_enabled():
         return UnitRMS.apply(x, eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
-
 def fast_recompute(function, x):
-    """function(x), of which nothing but x is kept for backward where x is large: for a function that ends with a matrix
-    product, whose own output is not made again."""
+    """function(x), of which nothing but x is kept for backward where x is large: for a function that ends
+    with a matrix product, whose own output is not made again."""
     if FAST and torch.is_grad_enabled() and x.numel() > LARGE:
         return checkpoint(function, x, use_reentrant=False)
     return function(x)
 
-
 class LossInSlices(torch.autograd.Function):
-    """loss(x, targets) as a sum over slices of rows of x (N, C) and targets (N,), each with its gradients at once, so that
-    all logits never exist together. weights are the parameters that loss may use."""
+    """loss(x, targets) as a sum over slices of rows of x (N, C) and targets (N,), each with its gradients at
+    once, so that all logits never exist together. weights are the parameters that loss may use."""
 
     @staticmethod
     def forward(ctx, loss, x, targets, *weights):
@@ -863,11 +837,9 @@ class LossInSlices(torch.autograd.Function):
         grad_x, *grads = (saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
         return None, grad_x, None, *grads
 
-
 @torch.compiler.disable
 def loss_in_slices(loss, x, targets, model):
     return LossInSlices.apply(loss, x, targets, *(p for p in model.parameters() if p.requires_grad))
-
 
 def fast_loss(loss, x, targets, model):
     """loss(x, targets), a sum over rows of x (B, T, C) and targets (B, T)."""
@@ -878,23 +850,21 @@ def fast_loss(loss, x, targets, model):
         return loss_in_slices(loss, x, targets, model)
     return sum(loss(*part) for part in zip(x.split(512), targets.split(512)))
 
-
 @functools.cache
 def shares(n, parts):
     """0 ... n - 1, and where each of so many parts of it begins."""
     return torch.arange(n), torch.arange(0, n, math.ceil(n / parts))
 
-
 def fast_linear(x, weight, bias=None):
-    """F.linear. On a CPU one row, each new token's work, times a matrix that lies column by column (fast_layout) in
-    half precision is a sum of the columns weighted by x, a share for each thread: embedding_bag reads memory 1.7 to 2
-    times as fast as the product, which is made for many rows. In float32 the product itself does well on columns."""
+    """F.linear. On a CPU one row, each new token's work, times a matrix that lies column by column
+    (fast_layout) in half precision is a sum of the columns weighted by x, a share for each thread:
+    embedding_bag reads memory 1.7 to 2 times as fast as the product, which is made for many rows. In float32
+    the product itself does well on columns."""
     if weight.stride(0) > 1 or x.numel() > x.size(-1) or weight.element_size() > 2 or weight.dtype != x.dtype or not x.is_cpu:
         return F.linear(x, weight, bias)
     parts = torch.embedding_bag(weight.t(), *shares(x.numel(), torch.get_num_threads()), False, 0, False, x.flatten())[0]
     y = parts.sum(0).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
-
 
 def fast_layout(model, by_columns):
     """Store a CPU's matrices column by column, or row by row again: the same shapes and values."""
@@ -902,14 +872,12 @@ def fast_layout(model, by_columns):
         if FAST and p.is_cpu and p.dim() == 2:
             p.data = p.data.t().contiguous().t() if by_columns else p.data.contiguous()
 
-
 def uses_graph(device):
     return FAST and device.type == 'cuda'
 
-
 def fast_step(model, cache):
-    """(B, 1) ids -> logits of the next token. On CUDA the step is captured as a graph, one launch a token instead of some
-    hundred, and anew where the cache has grown."""
+    """(B, 1) ids -> logits of the next token. On CUDA the step is captured as a graph, one launch a token
+    instead of some hundred, and anew where the cache has grown."""
     def step(ids):
         return model(ids, cache=cache)[0]
 
@@ -945,7 +913,6 @@ def fast_step(model, cache):
         return logits
 
     return replay
-
 
 if __name__ == '__main__':
     for name, shape in presets.items():

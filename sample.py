@@ -77,10 +77,8 @@ generator = torch.Generator(device)
 generator.manual_seed(seed) if seed else generator.seed()
 interrupted = []  # not empty: Ctrl-C was typed while a text was written in a talk
 
-
 def note(text):
     print(text, file=sys.stderr, flush=True)  # stdout is the text alone
-
 
 def about():
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
@@ -89,10 +87,8 @@ def about():
     cpu = f', threads: {torch.get_num_threads()}' if device == 'cpu' else ''
     return f'{path}: {trained}; {model.n_params() / 1e6:.2f}M parameters; {device}, {dtype}{cpu}'
 
-
 # ----------------------------------------------------------------------------
 # text
-
 
 def beginning():
     """What stands before a document: the end of another one, or else a line break, or else any token."""
@@ -102,7 +98,6 @@ def beginning():
         return coder.encode('\n')
     return [0]
 
-
 def draw(ids, drawn, **options):
     """New tokens after ids, a list of num_samples ids at a time; they are also appended to drawn."""
     options |= dict(drawing, generator=generator, stop_token=coder.end_of_text)
@@ -111,7 +106,6 @@ def draw(ids, drawn, **options):
         yield drawn[-1]
         if interrupted:
             break
-
 
 def write(tokens):
     """Print ids as they come: whole characters, nothing that a terminal would obey, up to the stop string."""
@@ -128,7 +122,6 @@ def write(tokens):
         held = held[ready:]
     print(printable(held + piece(None)), flush=True)
 
-
 def set_drawing(command, text):
     """What /temperature 0.7 and its like ask for."""
     name = COMMANDS[command]
@@ -139,7 +132,6 @@ def set_drawing(command, text):
     elif chosen['seed']:
         generator.manual_seed(chosen['seed'])
 
-
 def show_help():
     comments = read_block(__file__)[1]
     for command, name in COMMANDS.items():
@@ -148,7 +140,6 @@ def show_help():
           '/reset               forget the text so far\n'
           '/quit                or Ctrl-D; Ctrl-C stops a text\n'
           'anything else        is continued; \\n is a line break, an empty line goes on')
-
 
 def talk():
     """A prompt, the text that follows, and again; the context stays, up to the window."""
@@ -193,10 +184,8 @@ def talk():
         except ValueError as error:
             print(error)
 
-
 # ----------------------------------------------------------------------------
 # export
-
 
 def splitter_name(splitter):
     """llama.cpp's name for how a tokenizer.json splits a text into words; None where it is not known here."""
@@ -206,7 +195,6 @@ def splitter_name(splitter):
              (qwen, 'ByteLevel'): 'qwen2'}
     steps = splitter.get('pretokenizers', [splitter])
     return names.get(tuple(step.get('pattern', {}).get('Regex', step['type']) for step in steps))
-
 
 def llama_vocabulary(tokenizer):
     """-> llama.cpp's name for how words are split, {token: id}, merges, the special tokens, the id of the end;
@@ -225,7 +213,6 @@ def llama_vocabulary(tokenizer):
         raise ValueError("llama.cpp's name for this kind of tokenizer is not known here")
     merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in contents['model']['merges']]
     return name, contents['model']['vocab'], merges, contents['added_tokens'], coder.end_of_text
-
 
 def write_gguf(path, weights, tokenizer):
     """The file that llama.cpp reads; ValueError, and no file, where it cannot have the tokenizer."""
@@ -272,7 +259,6 @@ def write_gguf(path, weights, tokenizer):
     writer.write_tensors_to_file()
     writer.close()
 
-
 @torch.no_grad()
 def write_folder(folder):
     """The model and its tokenizer in the files of Hugging Face and of llama.cpp: made aside, then renamed."""
@@ -317,7 +303,6 @@ def write_folder(folder):
         os.replace(new, os.path.abspath(folder))
     if coder.kind == 'char':
         note('in other programs characters that the training text did not have are skipped')
-
 
 # ----------------------------------------------------------------------------
 # what was asked for

@@ -41,7 +41,7 @@ from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, loa
                    presets, save_checkpoint)
 
 # ----------------------------------------------------------------------------
-# settings: change them here, in a config file, or by --name=value; those of the model stand in model.py, GPTConfig
+# settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig in model.py
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
 resume = False  # continue from out_dir/ckpt.pt with its settings, which config files and flags may change
@@ -125,7 +125,8 @@ def show_status():
     print(f'next: {command}')
 
 def interview():
-    """Ask for the main settings, write config/my_NAME.py, show what that run would take, start it if told to."""
+    """Ask for the main settings, write config/my_NAME.py, show what that run would take, start it if told
+    to."""
     def prepared(name):
         if name not in data_sets():
             prepare.prepare([name])
@@ -277,8 +278,9 @@ text_id = f'{data.meta["source_sha256"]} {data.meta["tokens"]["train"]}'
 def settings_for(seconds):
     """The settings of a run of so many seconds on this text and device; max_iters is a first guess."""
     operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
-    # measured: 0.8M parameters at 1e12 operations and 1.6M at 15e12 on a megabyte of characters; where there is
-    # more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for more
+    # measured: 0.8M parameters at 1e12 operations and 1.6M at 15e12 on a megabyte of characters; where there
+    # is more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for
+    # more
     n_params = 1.6e6 * (operations / 15e12) ** 0.25
     if len(data.train) > operations / (6 * n_params):
         n_params = max(n_params, (operations / 120) ** 0.5)
@@ -362,8 +364,8 @@ if tokens_per_update % micro_tokens:
 # batches, and what to do where memory, disk or data give out
 
 def training_batches():
-    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an update takes
-    the next tokens_per_update / block_size of them, whichever way they are shared out."""
+    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an
+    update takes the next tokens_per_update / block_size of them, whichever way they are shared out."""
     first = tokens_seen // block_size + rank * batch_size
     return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
 
@@ -546,8 +548,8 @@ def signalled():
     return votes.item() > 0
 
 def read_recent():
-    """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite, before anything
-    is saved. Looking only now and then spares a GPU the wait at every update."""
+    """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite,
+    before anything is saved. Looking only now and then spares a GPU the wait at every update."""
     numbers = torch.stack([torch.stack(pair) for pair in recent]).float()  # (updates, 2)
     if world_size > 1:
         dist.all_reduce(numbers)
@@ -611,7 +613,8 @@ def plot():
     pyplot.close(figure)
 
 def open_run():
-    """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the lock."""
+    """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the
+    lock."""
     for mark in ('*.py', 'meta.json', '*/meta.json'):
         found = glob.glob(os.path.join(glob.escape(out_dir), mark))
         if found:
