@@ -602,8 +602,8 @@ MODULES = {
     'norm': ['norm'],
 }
 SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
-             n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size', head_dim='head_dim',
-             rope_theta='rope_theta', norm_eps='rms_norm_eps', bias='attention_bias')
+             n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
+             head_dim='head_dim', rope_theta='rope_theta', norm_eps='rms_norm_eps', bias='attention_bias')
 FIXED = dict(hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False)
 
 def to_hf(config, weights):
@@ -630,8 +630,8 @@ def to_hf_config(c):
     """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can
     be."""
     if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
-        raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm {c.qk_norm}: '
-                         'Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
+        raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm '
+                         f'{c.qk_norm}: Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
     if not c.qk_norm and c.n_embd % c.n_head:
         raise ValueError(f'n_embd {c.n_embd} does not divide into n_head {c.n_head}, as a Llama has it')
     known = {*SIZES, 'mlp_ratio', 'dropout', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'gradient_checkpointing'}
@@ -652,8 +652,9 @@ def from_hf_config(theirs):
     rope.setdefault('rope_type', rope.get('type'))
     defaults = dict(
         model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False, layer_types=[],
-        num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0, rms_norm_eps=1e-6, rope_theta=10000.0,
-        rope_type='default', partial_rotary_factor=1.0, attention_bias=False, mlp_bias=False, quantization_config=None)
+        num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0, rms_norm_eps=1e-6,
+        rope_theta=10000.0, rope_type='default', partial_rotary_factor=1.0, attention_bias=False, mlp_bias=False,
+        quantization_config=None)
     c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
     right = FIXED | dict(
         model_type='qwen3' if qwen3 else 'llama', layer_types=['full_attention'] * len(c['layer_types']),
@@ -694,7 +695,7 @@ def hf_tokenizer(folder):
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f'{os.path.join(folder, "tokenizer.json")} has no vocabulary') from None
     end = None
-    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):  # the last that knows it counts
+    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):  # the last one counts
         said = read_json(folder, name) if os.path.exists(os.path.join(folder, name)) else {}
         token, found = said.get('eos_token'), said.get('eos_token_id')
         if isinstance(token, dict):
@@ -733,7 +734,8 @@ def load_folder(folder, device='cpu'):
                 raise ValueError(f'{name} is missing')
             found = there[name].get_slice(name)
             if found.get_shape() != list(part.shape) or found.get_dtype() not in ('F32', 'F16', 'BF16'):
-                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, not {list(part.shape)} in F32, F16, BF16')
+                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, '
+                                 f'not F32, F16 or BF16 {list(part.shape)}')
         for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
             if not name.endswith('.inv_freq'):  # constants, which old folders have
                 raise ValueError(f'this model has no place for {name}')
@@ -743,8 +745,9 @@ def load_folder(folder, device='cpu'):
         weights['head.weight'] = weights['embedding.weight']
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'{folder}: {error}') from None
-    known = dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan, best_val_loss=math.inf)
-    return {name: kind() for name, kind in FIELDS.items()} | known
+    state = {name: kind() for name, kind in FIELDS.items()}
+    return state | dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan,
+                        best_val_loss=math.inf)
 
 # ----------------------------------------------------------------------------
 # Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the

@@ -1,14 +1,14 @@
 """
-Text in, tokens out, and batches read back from there: data/NAME/ with train.bin, val.bin and meta.json.
+Text in, tokens out (data/NAME/ with train.bin, val.bin and meta.json), and batches read back from there.
 
-    python prepare.py                                  # what is prepared, and what can be
+    python prepare.py                                  # list what is prepared
     python prepare.py shakespeare                      # or pydoc: English that comes with Python
     python prepare.py my.txt more.txt --name=poems     # also folders, URLs, hf:owner/name:column
     python prepare.py my.txt --tokenizer=out/best.pt   # with a checkpoint's tokenizer
-    python prepare.py --info=poems                     # numbers and passages of a prepared data set
+    python prepare.py --info=poems                     # figures and passages of a prepared data set
 
-Every text round-trips exactly, and memory stays bounded. Between documents (files, rows) stands the
-end-of-text token, or a newline if the tokenizer has none.
+Tokens decode to exactly the text they were made from, and memory stays bounded. Between documents (files,
+rows) stands the end-of-text token, or a newline if the tokenizer has none.
 """
 import os
 import signal
@@ -17,7 +17,6 @@ if __name__ == '__main__':  # Ctrl-C, also while torch is imported: data/ is unh
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import base64
-import bz2
 import codecs
 import functools
 import hashlib
@@ -39,32 +38,31 @@ import tiktoken
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
-from configurator import configure, plain_errors
+from configurator import configure, plain_errors, set_up_output
 
 # ----------------------------------------------------------------------------
 # settings
 sources = []  # what to prepare: shakespeare, pydoc, text files, folders, URLs, hf:owner/name[:column]
 name = ''  # folder in data/; empty: made from the first source
 tokenizer = 'auto'  # auto, char, bpe (trained on this text), gpt2; or that of a checkpoint, folder, data set
-vocab_size = 0  # of bpe, end-of-text token included: 512 to 65536; 0: follows the text
-val_fraction = 0.1  # of the tokens, from the end, are for validation (10 million at most)
-max_mb = 0  # read only this many million characters, from the beginning; 0: all
+vocab_size = 0  # tokens in a bpe vocabulary, at least 257; 0: chosen to suit the text
+val_fraction = 0.1  # share of the tokens, from the end, kept for validation (10 million at most)
+max_mb = 0  # stop reading after about this many million characters; 0: read everything
 overwrite = False  # replace a data set of the same name that was made from other sources
-info = ''  # name of a prepared data set to look at
+info = ''  # show this prepared data set
 # ----------------------------------------------------------------------------
 DATA = Path('data')
-DOWNLOADS = {'shakespeare': (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')}
+CHAR_RNN = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+DOWNLOADS = {'shakespeare': CHAR_RNN + 'tinyshakespeare/input.txt'}
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'  # of that text
 # how GPT-2 divides a text into words
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = '<|endoftext|>'
 PIECE = 1 << 20  # characters read and encoded at a time
 SMALL = 4  # pieces: up to here 'auto' considers the char tokenizer
 SAMPLE = 32  # pieces that bpe is trained on, from the beginning of each source,
-DISTINCT = 2 << 20  # or fewer: characters in the distinct words there, which memory and time depend on
+DISTINCT = 2 << 20  # or fewer: characters in the distinct words, which memory and time depend on
 VAL_MAX = 10_000_000  # tokens: more makes an evaluation slower, not better
-DOWNLOAD_LIMIT = 20 * 10**9  # bytes
 RETRY_WAITS = (1, 2)  # seconds: without a network the answer comes quickly
 
 # ----------------------------------------------------------------------------
@@ -78,34 +76,28 @@ class Tokenizer:
         try:
             self.kind = meta['kind']
             if self.kind == 'char':
-                self.table = [c.encode() for c in meta['chars']]  # id -> bytes
                 self.ids = {c: i for i, c in enumerate(meta['chars'])}
+                self.table = [c.encode() for c in meta['chars']]  # id -> bytes
+                self.vocab_size = len(self.table)
             elif self.kind == 'hf':
-                self.table, self.end_of_text = range(meta['vocab_size']), meta['end_of_text']
                 from tokenizers import Tokenizer as HF
                 self.hf = HF.from_str(meta['json'])
                 self.hf.no_truncation()
                 self.hf.no_padding()
                 self.hf.encode_special_tokens = True  # in a text their names are text
-                largest = max(self.end_of_text or 0, *self.hf.get_vocab().values())
-                if not largest < len(self.table) <= 1 << 20:
-                    raise ValueError(f'vocab_size is {len(self.table)}, the largest id {largest}')
+                self.vocab_size, self.end_of_text = meta['vocab_size'], meta['end_of_text']
             else:
-                tokens = [base64.b64decode(token, validate=True) for token in meta['ranks']]
-                ranks, self.end_of_text = {token: i for i, token in enumerate(tokens)}, len(tokens)
+                self.table = [base64.b64decode(token) for token in meta['ranks']]
+                ranks, self.end_of_text = {token: i for i, token in enumerate(self.table)}, len(self.table)
                 self.bpe = tiktoken.Encoding(self.kind, pat_str=meta['pattern'], mergeable_ranks=ranks,
                                              special_tokens={END_OF_TEXT: self.end_of_text})
-                self.table = [*tokens, END_OF_TEXT.encode()]
-                if not all(bytes([b]) in ranks for b in range(256)):
-                    raise ValueError('single bytes are missing')
-            if not self.table or len(set(self.table)) < len(self.table):
-                raise ValueError('there are no tokens, or some twice')
+                self.table.append(END_OF_TEXT.encode())
+                self.vocab_size = len(self.table)
+            self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
         except ImportError:
             raise ValueError('this tokenizer needs the package tokenizers: pip install tokenizers') from None
         except Exception as error:  # the package tokenizers raises nothing narrower
             raise ValueError(f'the tokenizer is malformed ({type(error).__name__}: {error})') from None
-        self.vocab_size = len(self.table)
-        self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
 
     def encode(self, text):
         """str -> list of ids. Names of special tokens inside the text are text."""
@@ -202,16 +194,18 @@ def pick_vocab_size(size, counts):
 def make_tokenizer(kind, vocab_size, parts):
     """-> the tokenizer's meta, made for this text or taken from a checkpoint, a folder or a data set"""
     if kind in ('auto', 'char'):
-        pieces = itertools.islice(stream(parts, '\n'), None if kind == 'char' else SMALL + 1)
-        alphabets = [set().union(*piece) for piece in pieces]
-        chars = set().union(*alphabets)
-        if kind == 'char' or len(alphabets) <= SMALL and len(chars) <= 256:
+        chars = set()
+        for n_pieces, piece in enumerate(stream(parts, '\n'), 1):
+            chars.update(*piece)
+            if kind == 'auto' and (n_pieces > SMALL or len(chars) > 256):
+                break
+        else:
             return {'kind': 'char', 'chars': ''.join(sorted(chars))}
     if kind in ('auto', 'bpe'):
         counts, read = count_words(parts)
         size = sum(part.stat().st_size for part in parts if isinstance(part, Path))
         vocab_size = vocab_size or pick_vocab_size(max(size, read), counts)
-        print(f'training a vocabulary of {vocab_size:,} on {read:,} characters ...', flush=True)
+        print(f'training a vocabulary of {vocab_size:,} tokens on {read:,} characters ...', flush=True)
         return bpe_meta('bpe', train_bpe(counts, vocab_size - 1))
     if kind == 'gpt2':
         try:
@@ -235,28 +229,13 @@ def bpe_meta(kind, tokens):
     ranks = [base64.b64encode(token).decode() for token in tokens]
     return {'kind': kind, 'pattern': PATTERN, 'ranks': ranks, 'special': {END_OF_TEXT: len(ranks)}}
 
-def find_merges(tokens):
-    """For each token the two it is made of if only earlier tokens merge; none if that leaves more."""
-    ranks, merges = {token: i for i, token in enumerate(tokens)}, []
-    for token in tokens:
-        parts = list(token)
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, len(tokens)) for a, b in zip(parts, parts[1:])]
-            at = pairs.index(min(pairs))
-            if pairs[at] >= ranks[token]:
-                break
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
-
 def export_tokenizer(meta):
     """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in
     a text is the special token, and characters that a char tokenizer does not know are left out."""
     from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
     coder = Tokenizer(meta)
     if coder.kind == 'hf':
-        return HF.from_str(meta['json'])
+        return coder.hf.from_str(meta['json'])
     if coder.kind == 'char':
         exported = HF(models.BPE(coder.ids, []))
         exported.decoder = decoders.Fuse()
@@ -266,10 +245,12 @@ def export_tokenizer(meta):
     letters = {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(others)}}
     tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
     ids = {token: i for i, token in enumerate(tokens)}
-    exported = HF(models.BPE(ids, find_merges(tokens), ignore_merges=True))  # a word that is a token is one
+    splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
+    merges = [(a, b) for a, b in splits if a in ids and b in ids]  # any two tokens that make up a third merge
+    exported = HF(models.BPE(ids, merges, ignore_merges=True))  # a word that is a token is one
     words = pre_tokenizers.Split(Regex(meta['pattern']), 'isolated')
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    exported.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    exported.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
     exported.decoder = decoders.ByteLevel()
     exported.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return exported
@@ -285,49 +266,42 @@ def printable(text):
 def download(url, path, part, sha256=''):
     """url -> path, whole or not at all, by way of the file part. ConnectionError if no attempt succeeds."""
     import requests  # here, because it takes 60 ms, and sample.py does without
-    session = requests.Session()
-    if url.startswith('https:'):
-        del session.adapters['http://']  # so that no redirect leads there: InvalidSchema
     for wait in (*RETRY_WAITS, None):
+        print(f'fetching {url} ...', flush=True)
         try:
-            print(f'fetching {url} ...', flush=True)
-            with session.get(url, stream=True, timeout=(3, 30)) as reply, open(part, 'wb') as file:
+            with requests.get(url, stream=True, timeout=(3, 30)) as reply, open(part, 'wb') as file:
                 reply.raise_for_status()
                 for block in reply.iter_content(1 << 16):
                     file.write(block)
-                    if file.tell() > DOWNLOAD_LIMIT:
-                        raise ValueError(f'{url} is larger than the limit of {DOWNLOAD_LIMIT:,} bytes')
             break
         except requests.RequestException as error:
-            if isinstance(error, ValueError):  # an address that no attempt will mend
-                raise
             if wait is None:
                 why = error if isinstance(error, requests.HTTPError) else 'the connection failed'
                 raise ConnectionError(f'{url} cannot be downloaded ({why}): '
                                       f'try again, or put the text at {path}') from None
             time.sleep(wait)
-    if sha256 and hash_file(part) != sha256:
-        raise ValueError(f'{url} sent another text than expected (its sha256 is not {sha256[:12]}...)')
+    if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f'{url} sent another text than expected: try again, or put the text at {path}')
     path.parent.mkdir(exist_ok=True)
     os.replace(part, path)
 
-def hash_file(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
 def find_parts(source, folder, new):
-    """What the user typed -> what documents() reads: paths, 'pydoc' or 'hf:...'. Downloads if need be."""
+    """What the user typed -> paths of texts, or ['hf:...']. Downloads what is not there yet."""
     path = Path(source)
-    if source == 'pydoc' or source.startswith('hf:'):
+    if source.startswith('hf:'):
         return [source]
-    if source in DOWNLOADS or source.startswith(('http://', 'https://')):
-        url, sha256 = DOWNLOADS.get(source, (source, ''))
-        path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt'
-        if sha256:
-            path = DATA / source / 'input.txt'
+    if source == 'pydoc':
+        from pydoc_data.topics import topics
+        path = new / 'pydoc.txt'
+        path.write_bytes(('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode())
+    elif source in DOWNLOADS:
+        path = DATA / source / 'input.txt'
         if not path.exists():
-            download(url, path, new / 'text', sha256)
-        elif sha256 and hash_file(path) != sha256:
-            print(f'{path} is not the usual text of that name (another sha256), and is taken as it is')
+            download(DOWNLOADS[source], path, new / 'text', SHA256)
+    elif source.startswith(('http://', 'https://')):
+        path = folder / f'{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt'
+        if not path.exists():
+            download(source, path, new / 'text')
     elif path.is_dir():
         return find_texts(path)
     elif not path.is_file():
@@ -335,15 +309,14 @@ def find_parts(source, folder, new):
     return [path]
 
 def find_texts(folder):
-    """The text files in and below a folder: no hidden ones, and none in data/ and out*/ unless named."""
-    def is_ours(path):
-        top, *below = os.path.relpath(path).split(os.sep)
-        return below and (top == DATA.name or top.startswith('out'))
-
+    """The text files in and below a folder, without hidden ones; in the current one also without data/ and
+    out*/."""
     texts, skipped = [], []
     for path in sorted(folder.rglob('*')):
-        hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file() or is_ours(path) and not is_ours(folder / '_'):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or any(part.startswith('.') for part in parts):
+            continue
+        if len(parts) > 1 and (parts[0] == DATA.name or parts[0].startswith('out')) and folder.samefile('.'):
             continue
         try:
             is_text = not any('\0' in text for text in read_text(path))
@@ -351,7 +324,9 @@ def find_texts(folder):
             is_text = False
         (texts if is_text else skipped).append(path)
     note = f'; skipped {len(skipped):,} that are not UTF-8 text, the first {skipped[0]}' if skipped else ''
-    print(printable(f'{folder}: text files: {len(texts):,}{note}'))
+    print(printable(f'{folder}: {len(texts):,} text files{note}'))
+    if not texts:
+        raise ValueError(f'{folder}: there is no text in it')
     return texts
 
 def make_name(source):
@@ -376,38 +351,28 @@ def read_text(path):
             text = text[cut:]
 
 def read_rows(spec):
-    """The rows of a Hugging Face data set (train split), streamed."""
+    """The rows of a Hugging Face data set (train split), streamed, each as a list of one text"""
     try:
         from datasets import load_dataset as load
     except ImportError:
         raise ValueError('hf: needs the package datasets: pip install datasets') from None
-    for library in ('datasets', 'huggingface_hub', 'httpx', 'fsspec', 'urllib3'):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # without a network, screens of retries
+    logging.disable()  # without a network, screens of retries
     name, _, column = spec.removeprefix('hf:').partition(':')
+    column = column or 'text'
     try:
         for row in load(name, split='train', streaming=True):
-            if not isinstance(row.get(column or 'text'), str):
+            if not isinstance(row.get(column), str):
                 raise ValueError(f'{spec}: no text; write hf:{name}:COLUMN with one of {", ".join(row)}')
-            yield row[column or 'text']
+            yield [row[column]]
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f'{spec} cannot be read ({type(error).__name__}): '
                               'is there a network, and is the name right?') from None
 
-def documents(part):
-    """A part -> its documents, each as an iterable of texts"""
-    if isinstance(part, Path):
-        yield read_text(part)
-    elif part == 'pydoc':
-        from pydoc_data.topics import topics
-        yield ['\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n']
-    else:
-        for row in read_rows(part):
-            yield [row]
-
 def stream(parts, separator):
     """Pieces, lists of texts of about PIECE characters together; the separator stands between documents."""
+    documents = ([read_text(part)] if isinstance(part, Path) else read_rows(part) for part in parts)
     piece, size = [], 0
-    for i, texts in enumerate(itertools.chain.from_iterable(map(documents, parts))):
+    for i, texts in enumerate(itertools.chain.from_iterable(documents)):
         for text in itertools.chain([separator] if i else [], texts):
             piece.append(text)
             size += len(text or '')
@@ -440,55 +405,56 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     name = name or make_name(sources[0])
     if not regex.fullmatch(r'[\w-][\w.-]{0,99}', name):
         raise ValueError(f'{name!a} cannot be the name of a data set: use letters, digits, _ and -')
-    if not (vocab_size == 0 or 257 <= vocab_size <= 1 << 20) or not 0 < val_fraction < 1 or max_mb < 0:
-        raise ValueError(f'out of range: vocab_size {vocab_size} (0, or 257 to {1 << 20}), '
+    if 0 != vocab_size < 257 or not 0 < val_fraction < 1 or max_mb < 0:
+        raise ValueError(f'out of range: vocab_size {vocab_size} (0, or at least 257), '
                          f'val_fraction {val_fraction} (between 0 and 1) or max_mb {max_mb} (0 or more)')
-    folder, new = DATA / name, DATA / name / 'new'
+    folder, new = DATA / name, DATA / f'.{name}.new'
     meta = {'sources': sources, 'settings': [tokenizer, vocab_size, val_fraction, max_mb]}
     began = time.time()
     DATA.mkdir(exist_ok=True)
     with FileLock(DATA / f'.{name}.lock'):  # it dies with the process
         there = read_meta(folder)
-        fits = there and all(there.get(key) == meta[key] for key in meta)
-        if fits and (folder / 'meta.json').stat().st_mtime > began:
+        if there == there | meta and (folder / 'meta.json').stat().st_mtime > began:
             return folder
         if there.get('sources', sources) != sources and not overwrite:
             raise ValueError(f'{folder} was made from {" ".join(there["sources"])[:99]}: '
                              'choose another --name, or replace it with --overwrite')
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        new.mkdir()
         try:
             fill(new, [part for source in sources for part in find_parts(source, folder, new)], meta)
+            folder.mkdir(exist_ok=True)
             (folder / 'meta.json').unlink(missing_ok=True)  # from here on the data set counts as missing
             for file in ('train.bin', 'val.bin', 'meta.json'):
                 os.replace(new / file, folder / file)
         finally:
             shutil.rmtree(new)
-            if not os.listdir(folder):
-                folder.rmdir()
-    print(f'next: python train.py --dataset={name} --minutes=5')
+    print(f'{describe(folder, meta)}\nnext: python train.py --dataset={name} --minutes=5')
     return folder
 
 def read_meta(folder):
     try:
-        return dict(json.loads((folder / 'meta.json').read_text('utf-8')))
-    except (OSError, TypeError, ValueError, RecursionError):  # missing, or damaged
+        return json.loads((folder / 'meta.json').read_text('utf-8'))
+    except (OSError, ValueError):  # missing, or damaged
         return {}
 
+def describe(folder, meta):
+    train, val = meta['tokens']['train'], meta['tokens']['val']
+    return (f'{folder}: {meta["characters"]:,} characters from {" ".join(meta["sources"])}\n'
+            f'{meta["tokenizer"]["kind"]} tokenizer with a vocabulary of {meta["vocab_size"]:,}; '
+            f'a token is {meta["characters"] / (train + val):.2f} characters on average\n'
+            f'{train:,} tokens for training, {val:,} for validation')
+
 def fill(new, parts, meta):
-    """Text -> train.bin, val.bin and meta.json in the folder `new`; prints what there is."""
-    typed = ', '.join(meta['sources'])
-    if not any(isinstance(part, str) or part.stat().st_size for part in parts):
-        raise ValueError(f'{typed}: no text in there')
+    """Text -> train.bin, val.bin and meta.json in the folder `new`; completes meta."""
     tokenizer, vocab_size, val_fraction, max_mb = meta['settings']
     meta['tokenizer'] = make_tokenizer(tokenizer, vocab_size, parts)
     coder = Tokenizer(meta['tokenizer'])
-    total, characters, size, distinct, sha, bzip2 = 0, 0, 0, set(), hashlib.sha256(), 0
-    began = time.time()
+    total, characters, size, sha, began = 0, 0, 0, hashlib.sha256(), time.time()
 
     def encode(piece):
         ids = [[coder.end_of_text] if text is None else coder.encode(text) for text in piece]
-        return np.concatenate([np.array(part, coder.dtype) for part in ids]), ''.join(filter(None, piece))
+        return np.fromiter(itertools.chain.from_iterable(ids), coder.dtype), ''.join(filter(None, piece))
 
     pieces = itertools.islice(stream(parts, '\n' if coder.end_of_text is None else None), max_mb or None)
     with open(new / 'train.bin', 'wb') as file:
@@ -496,16 +462,14 @@ def fill(new, parts, meta):
             file.write(ids)
             data = text.encode()
             total, characters, size = total + len(ids), characters + len(text), size + len(data)
-            distinct.update(text)
             sha.update(data)
-            bzip2 = bzip2 or 8 * len(bz2.compress(data)) / max(len(data), 1)  # of the first piece
-            if sys.stdout and sys.stdout.isatty():
+            if sys.stdout.isatty():
                 print(f'{size / 1e6:,.0f} MB\r', end='', flush=True)
-    seconds = time.time() - began
+    if size > 1e6:
+        print(f'encoded {size / 1e6:,.1f} MB at {size / 1e6 / (time.time() - began):.1f} MB/s')
     n_train = max(int(total * (1 - val_fraction)), total - VAL_MAX)
-    if len(distinct) < 2 or min(n_train, total - n_train) < 2:
-        raise ValueError(f'{typed}: too little to learn from: {characters:,} characters, '
-                         f'{len(distinct)} of them distinct, {n_train:,} + {total - n_train:,} tokens')
+    if min(n_train, total - n_train) < 2:
+        raise ValueError(f'{", ".join(meta["sources"])}: {total:,} tokens are too little text to learn from')
     val = np.fromfile(new / 'train.bin', coder.dtype, offset=n_train * coder.dtype.itemsize)
     val.tofile(new / 'val.bin')
     os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
@@ -516,17 +480,6 @@ def fill(new, parts, meta):
              'bytes': {'train': size - val_size, 'val': val_size},
              'source_sha256': sha.hexdigest()}
     (new / 'meta.json').write_text(json.dumps(meta), 'utf-8')
-
-    odd = ''.join(sorted(regex.findall(r'[\p{Cc}\p{Co}\ufeff\ufffd--[\t\n]]', ''.join(distinct), regex.V1)))
-    print(f'{new.parent}: {characters:,} characters, {len(distinct):,} of them distinct\n'
-          f'tokenizer {coder.kind}, a vocabulary of {coder.vocab_size:,}\n'
-          f'{total:,} tokens of {characters / total:.2f} characters: {n_train:,} to train on, '
-          f'{len(val):,} for validation')
-    if size > 1e6:
-        print(f'{size / 1e6:,.1f} MB encoded at {size / 1e6 / seconds:.1f} MB/s')
-    if odd:
-        print('control or private-use characters in the text, kept:', ascii(odd[:20]))
-    print(f'judge a model by the bits per byte of its evaluations, less is better; bzip2 needs {bzip2:.2f}')
 
 # ----------------------------------------------------------------------------
 # data/NAME/ -> batches
@@ -557,7 +510,7 @@ def load_dataset(name):
         train, val = (Tokens(folder / f'{split}.bin', coder.dtype) for split in ('train', 'val'))
         if {'train': len(train), 'val': len(val)} != meta['tokens'] or coder.vocab_size != meta['vocab_size']:
             raise ValueError('its files do not fit together')
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f'{folder} is missing or damaged ({error}): '
                          f'run "python prepare.py {typed}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
@@ -610,37 +563,28 @@ def val_batches(tokens, block_size, rows, max_batches=0):
 # what the user sees
 
 def show_list():
-    for path in sorted(DATA.glob('*/meta.json')):
-        try:
-            meta = read_meta(path.parent)
-            about = (f'{meta["tokenizer"]["kind"]:4}  {meta["vocab_size"]:7,} ids  '
+    for path in sorted(DATA.glob('[!.]*/meta.json')):
+        meta = read_meta(path.parent)
+        if meta:
+            about = (f'{path.parent.name:16}  {meta["tokenizer"]["kind"]:4}  {meta["vocab_size"]:7,} ids  '
                      f'{sum(meta["tokens"].values()):14,} tokens  from {" ".join(meta["sources"])}')
-        except (KeyError, TypeError, AttributeError, ValueError):
-            about = 'its meta.json cannot be read'
-        print(printable(f'{path.parent.name:16}  {about}')[:100])
-    print(__doc__[__doc__.index('\n\n'):__doc__.index('\n\nEvery')])
+            print(printable(about)[:100])
+    print(__doc__.rstrip())
 
 def show_info(name):
     data = load_dataset(name)
-    meta, coder = data.meta, Tokenizer(data.meta['tokenizer'])
+    coder = Tokenizer(data.meta['tokenizer'])
     length = min(len(data.train), 400 if coder.kind == 'char' else 100)
     start = np.random.default_rng().integers(len(data.train) - length + 1)
     first, other = (coder.decode(data.train.read(np.array([at]), length)[0]) for at in (0, start))
-    tokens = sorted({coder.decode([i]) for i in range(coder.vocab_size)}, key=len)[:-101:-1]
-    text = (f'{name}: {meta["characters"]:,} characters from {" ".join(meta["sources"])}\n'
-            f'tokenizer {coder.kind}, a vocabulary of {coder.vocab_size:,}\n'
-            f'to train on: {meta["tokens"]["train"]:,} tokens, {meta["bytes"]["train"]:,} bytes of text\n'
-            f'for validation: {meta["tokens"]["val"]:,} tokens, {meta["bytes"]["val"]:,} bytes of text\n'
-            f'sha256 of the text: {meta["source_sha256"]}\n\n--- how it begins\n{first}\n\n'
-            f'--- a random passage, from token {start:,}\n{other}\n\n'
-            f'--- the longest tokens\n{"  ".join(map(repr, tokens))}')
+    text = (f'{describe(DATA / name, data.meta)}\n\n--- how it begins\n{first}\n\n'
+            f'--- a random passage, from token {start:,}\n{other}')
     for line in printable(text).split('\n'):
         print(*regex.findall('.{1,100}', line) or [''], sep='\n')
 
 if __name__ == '__main__':
+    set_up_output()
     globals().update(configure(__file__))
-    if sys.stdout:  # it is None where it was closed
-        sys.stdout.reconfigure(errors='backslashreplace')
     with plain_errors():
         if info:
             show_info(info)

@@ -69,7 +69,7 @@ with plain_errors():
     model = load_model(checkpoint).to(device, getattr(torch, dtype)).eval()
     coder = Tokenizer(checkpoint['tokenizer'])
     if coder.vocab_size > model.config.vocab_size:
-        raise ValueError(f'{path}: the tokenizer has {coder.vocab_size} ids, the model {model.config.vocab_size}')
+        raise ValueError(f'{path}: its tokenizer has {coder.vocab_size} ids, its model {model.config.vocab_size}')
 hardware.set_up(device, threads)
 block_size = model.config.block_size
 drawing = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
@@ -197,7 +197,7 @@ def splitter_name(splitter):
     return names.get(tuple(step.get('pattern', {}).get('Regex', step['type']) for step in steps))
 
 def llama_vocabulary(tokenizer):
-    """-> llama.cpp's name for how words are split, {token: id}, merges, the special tokens, the id of the end;
+    """-> llama.cpp's name for how words are split, {token: id}, merges, special tokens, the id of the end;
     ValueError where llama.cpp cannot have such a tokenizer."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -205,8 +205,10 @@ def llama_vocabulary(tokenizer):
         spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
         ids = {spell(character)[0][0]: id for character, id in coder.ids.items()}
         merges = {f'{token[:i]} {token[i]}': None for token in ids for i in range(1, len(token))}
-        end = len(ids)  # there must be one, or llama.cpp takes the 11th token; and a merge, but no word has a and 0
-        return 'gpt-2', ids, [*merges] or ['a 0'], [{'content': END_OF_TEXT, 'id': end, 'special': True}], end
+        # llama.cpp wants an end, or it would be token 11, and a merge: no word has both a and 0
+        end = len(ids)
+        special = [{'content': END_OF_TEXT, 'id': end, 'special': True}]
+        return 'gpt-2', ids, [*merges] or ['a 0'], special, end
     contents = json.loads(tokenizer.to_str())
     name = splitter_name(contents['pre_tokenizer'] or {'type': ''})
     if contents['model']['type'] != 'BPE' or name is None:
@@ -221,7 +223,7 @@ def write_gguf(path, weights, tokenizer):
     c, family, kinds = model.config, 'qwen3' if model.config.qk_norm else 'llama', gguf.TokenType
     splitter, ids, merges, special, end = llama_vocabulary(tokenizer)
     table = weights['model.embed_tokens.weight']
-    if end == len(table):  # one more, as rare as the rarest
+    if end == len(table):  # a new token: as rare as the rarest
         every = torch.arange(end)[None, :block_size]
         rarest = model(every, every)[0].mean((0, 1)).argmin()
         table = torch.cat((table, table[rarest][None]))
@@ -234,10 +236,10 @@ def write_gguf(path, weights, tokenizer):
         types[token['id']] = kinds.CONTROL if token['special'] else kinds.USER_DEFINED
     facts = dict(
         context_length=c.block_size, embedding_length=c.n_embd, block_count=c.n_layer, head_count=c.n_head,
-        head_count_kv=c.n_kv_head, feed_forward_length=c.hidden_dim, key_length=c.head_dim, value_length=c.head_dim,
-        rope_dimension_count=c.head_dim, rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps,
-        tokenizer_model='gpt2', tokenizer_pre=splitter, token_list=tokens, token_types=types, token_merges=merges,
-        add_bos_token=False)
+        head_count_kv=c.n_kv_head, key_length=c.head_dim, value_length=c.head_dim, rope_dimension_count=c.head_dim,
+        rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps, feed_forward_length=c.hidden_dim,
+        tokenizer_model='gpt2', tokenizer_pre=splitter, token_list=tokens, token_types=types,
+        token_merges=merges, add_bos_token=False)
     if end is not None:
         facts.update(bos_token_id=end, eos_token_id=end)
     writer = gguf.GGUFWriter(path, family)
@@ -281,8 +283,8 @@ def write_folder(folder):
     name_of_end = None if end is None else tokenizer.id_to_token(end)
     special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
     tokenizer_config = dict(
-        tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, model_max_length=block_size,
-        bos_token=name_of_end, eos_token=name_of_end)
+        tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
+        model_max_length=block_size, bos_token=name_of_end, eos_token=name_of_end)
     files = {'config.json': {**shape, **special, 'dtype': dtype}, 'generation_config.json': special,
              'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
     with tempfile.TemporaryDirectory(prefix='.export-', dir=parent) as aside:
@@ -320,7 +322,7 @@ with plain_errors():
     text = ''.join(read_text(start[5:])) if start.startswith('FILE:') else start
     prompt = coder.encode(text) or beginning()
 if device == 'cpu' and not threads and torch.get_num_threads() > 1:
-    hardware.fastest_threads(lambda: model.generate(torch.tensor([prompt[:1]]), 4), torch.get_num_threads())
+    hardware.fastest_threads(lambda: model.generate(torch.tensor([prompt[:1]]), 2), torch.get_num_threads())
 note(about())
 if interactive:
     talk()
