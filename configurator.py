@@ -11,12 +11,11 @@ import ast
 import dataclasses
 import difflib
 import errno
-import functools
-import glob
 import inspect
 import io
 import os
 import reprlib
+import runpy
 import shlex
 import sys
 import textwrap
@@ -27,13 +26,11 @@ from contextlib import contextmanager, suppress
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
 WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': False, 'n': False, '0': False}
 
-
 def stop(message):
     """Ends the program: one line on stderr (control characters become spaces), exit status 2."""
     printable = ''.join(c if c.isprintable() else ' ' for c in str(message))
     print(' '.join(printable.split()), file=sys.stderr)
     sys.exit(2)
-
 
 @contextmanager
 def plain_errors():
@@ -44,34 +41,30 @@ def plain_errors():
         has_file = isinstance(error, OSError) and error.filename is not None
         stop(f'{error.filename or "an empty name"}: {error.strerror}' if has_file else error)
 
-
 def set_up_output():
-    """Each line appears at once, whatever its characters; a full stdout ends the program in one line."""
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None where it was closed: the program runs without it
+    """Output appears at once, whatever its characters; a full stdout ends the program in one line."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None where it was closed: run on without
     sys.stderr = sys.stderr or open(os.devnull, 'w')
+    stream, write = sys.stdout, sys.stdout.write
 
-    def guarded(write):
-        @functools.wraps(write)
-        def call(*arguments):
-            try:
-                return write(*arguments)
-            except OSError as error:
-                if error.errno != errno.EIO:  # the terminal has gone: the program runs without it
-                    print(f'stdout: {error.strerror}', file=sys.stderr, flush=True)
-                    os._exit(2)  # sys.exit would try to write what is left, and fail again
-        return call
+    def write_now(text):
+        try:
+            write(text)
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or flushing fails again at exit
+            if error.errno != errno.EIO:  # EIO: the terminal has gone, and the program runs on without it
+                stop(f'stdout: {error.strerror}')
+        return len(text)
 
-    if isinstance(sys.stdout, io.TextIOWrapper) and not hasattr(sys.stdout.write, '__wrapped__'):
-        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)
-        sys.stdout.write = guarded(sys.stdout.write)
-        sys.stdout.flush = guarded(sys.stdout.flush)
-
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors='backslashreplace')
+        stream.write = write_now
 
 def read_source(text):
     """Python source -> (its syntax tree, {line number: comment})."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return ast.parse(text), {t.start[0]: t.string.strip('# ') for t in tokens if t.type == tokenize.COMMENT}
-
 
 def read_block(script):
     """A script's settings block -> ({name: default}, {name: comment on its line}, docstring)."""
@@ -90,7 +83,6 @@ def read_block(script):
                 defaults[name], notes[name] = value, comments.get(node.end_lineno, '')
     return defaults, notes, ast.get_docstring(tree) or ''
 
-
 def read_fields(cls):
     """A dataclass's fields, inherited ones too -> as read_block."""
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -105,13 +97,11 @@ def read_fields(cls):
             notes.update({ast.unparse(node.target): comments.get(node.end_lineno, '') for node in fields})
     return defaults, notes, ''
 
-
 def parse(text, default):
     """A flag's or an answer's text in default's type; the text itself where it can't be read as one."""
     with suppress(ValueError):
         return WORDS.get(text.lower(), text) if isinstance(default, bool) else type(default)(text)
     return text
-
 
 def checked(name, value, default):
     """value in default's type (an int is welcome for a float), or ValueError."""
@@ -123,41 +113,32 @@ def checked(name, value, default):
         raise ValueError(f'{name} must be {KINDS[kind]}, not {reprlib.repr(value)}')
     return kind(value)
 
-
 def check(config, name, low, high):
     if not low <= config[name] <= high:
         raise ValueError(f'{name} is {config[name]}: it must be from {low} to {high:g}')
 
-
 def choose(config, name, choices):
     if config[name] not in choices:
         raise ValueError(f'{name} is {reprlib.repr(config[name])}: it must be one of {", ".join(choices)}')
-
 
 def unknown(name, settings):
     near = difflib.get_close_matches(name, settings, 1, cutoff=0.5)
     advice = f'did you mean {near[0]}?' if near else '--help lists them'
     return f'there is no setting {reprlib.repr(name)}: {advice}'
 
-
 def run_config(path, settings):
-    """The settings as the config file at path changes them; its imports, functions and _names don't count."""
-    space = {**settings, '__name__': 'config', '__file__': path}
+    """The settings as the config file at path changes them; its modules, functions and _names don't count."""
     try:
-        with tokenize.open(path) as file:
-            tree = ast.parse(file.read(), path)
-        exec(compile(tree, path, 'exec'), space)
+        space = runpy.run_path(path, settings, 'config')
     except (Exception, SystemExit) as error:  # whatever it is, it happened in the user's file: say where
         lines = [f' line {f.lineno}' for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         raise ValueError(f'{path}{"".join(lines[-1:])}: {type(error).__name__}: {error}') from None
-    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for name, value in space.items():
         if name in settings:
             settings[name] = checked(f'{path}: {name}', value, settings[name])
-        elif name in assigned and not name.startswith('_'):
+        elif not (name.startswith('_') or callable(value) or inspect.ismodule(value)):
             raise ValueError(f'{path}: {unknown(name, settings)} (names of your own begin with _)')
     return settings
-
 
 def help_text(settings, notes, titles, doc):
     lines = [doc]
@@ -168,7 +149,6 @@ def help_text(settings, notes, titles, doc):
             row = f'  {name} ...' if is_list else f'  --{name}={shlex.quote(str(settings[name]))}'
             lines += textwrap.wrap(f'{row:34} {notes[name]}', 100, subsequent_indent=' ' * 35)
     return '\n'.join(lines)
-
 
 @plain_errors()
 def configure(*sources, argv=None, saved={}):
@@ -187,11 +167,9 @@ def configure(*sources, argv=None, saved={}):
         print(help_text(settings, notes, titles, doc))
         sys.exit(0)
     for argument in argv:
-        name, equals, text = argument[2:].partition('=')
+        name, equals, text = argument.lstrip('-').partition('=')
         if not argument.startswith('-'):
             plain.append(argument)
-        elif not argument.startswith('--'):
-            raise ValueError(f'{argument}: settings are written --name=value')
         elif name not in settings:
             raise ValueError(f'{argument}: {unknown(name, settings)}')
         elif equals:
@@ -204,14 +182,10 @@ def configure(*sources, argv=None, saved={}):
     if collects:
         return {**settings, collects: settings[collects] + plain, **flags}
     for path in plain:
-        if not path.endswith('.py'):
-            raise ValueError(f'{path!r} is neither --name=value nor a config file (.py)')
-        if not os.path.exists(path):
-            there = ', '.join(sorted(glob.glob(os.path.join('config', '*.py'))))
-            raise ValueError(f'{path} does not exist; config files here: {there or "none"}')
+        if not (path.endswith('.py') and os.path.isfile(path)):
+            raise ValueError(f'there is no config file {path!r}; settings are written --name=value')
         settings = run_config(path, settings)
     return {**settings, **flags}
-
 
 def ask(question, default, check=None):
     """The answer typed on the terminal, asked for until it has default's type and check(value) accepts it."""

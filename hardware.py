@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import sys
+import time
 import timeit
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from json import dumps
@@ -30,42 +31,36 @@ PEAKS = {
     'AMD Instinct MI300X': 1307, 'AMD Instinct MI250X': 191.5,
 }
 
-
 def version_problem():
     """'' or, in one line, that Python or PyTorch is too old."""
     if sys.version_info >= (3, 10) and torch.__version__ >= (2, 9):
         return ''
-    python = platform.python_version()
-    return f'Python {python}, PyTorch {torch.__version__}: 3.10 and 2.9 or later are needed'
-
+    here = f'Python {platform.python_version()}, PyTorch {torch.__version__}'
+    return f'{here}: Python 3.10 and PyTorch 2.9 or later are needed'
 
 def kind(device):
     return torch.device(device).type
 
-
 def autocast(device, dtype):
     return nullcontext() if dtype == 'float32' else torch.autocast(kind(device), getattr(torch, dtype))
 
-
 def proc(path, field):
-    """What Linux says of a field in a file under /proc, sizes in bytes; '' elsewhere."""
+    """The value of a field in a file under Linux's /proc, sizes in bytes; '' where there is none."""
     with suppress(OSError), open(path, encoding='utf-8') as file:
-        value = (re.findall(rf'^(?:{field})\s*: *(.*)$', file.read(), re.MULTILINE) or [''])[0]
+        found = re.search(rf'^(?:{field})\s*: *(.*)$', file.read(), re.MULTILINE)
+        value = found[1] if found else ''
         return 1024 * int(value[:-3]) if value.endswith(' kB') else value
     return ''
-
 
 def synchronize(device):
     if kind(device) != 'cpu':
         torch.accelerator.synchronize(device)
 
-
 def peak_memory(device):
-    """Bytes, the most since reset_peak_memory(); 0 where the system doesn't say."""
+    """The most bytes in use since reset_peak_memory(); 0 where the system doesn't say."""
     if kind(device) == 'cpu':
         return proc('/proc/self/status', 'VmHWM') or 0
     return torch.accelerator.max_memory_allocated(device)
-
 
 def reset_peak_memory(device):
     if kind(device) != 'cpu':
@@ -73,28 +68,26 @@ def reset_peak_memory(device):
     with suppress(OSError), open('/proc/self/clear_refs', 'w') as file:  # only Linux has it
         file.write('5')
 
-
 def backends():
     """[(CUDA, ROCm, XPU, MPS or CPU; a device, or ''; why there is none)], in auto's order."""
     rows, has = [], torch.version
     for name, word, built in [('CUDA', 'cuda', has.cuda), ('ROCm', 'cuda', has.hip), ('XPU', 'xpu', has.xpu),
                               ('MPS', 'mps', torch.backends.mps.is_built())]:
         api = getattr(torch, word)
-        usable = built and (name == 'MPS' or api.is_available())  # too old a driver still counts the cards
+        usable = built and (name == 'MPS' or api.is_available())  # device_count ignores too old a driver
         cards = range(api.device_count()) if usable else []
         reason = 'no card that PyTorch can use, or its driver is missing or too old'
         if not built:
             reason = f'this PyTorch is built without {name}'
-        if cards and name == 'CUDA':  # less those older than every one that this PyTorch was built for
+        if cards and name == 'CUDA':  # not those older than all that this PyTorch was built for
             oldest = min([int(re.sub(r'\D', '', arch)) for arch in api.get_arch_list()], default=0)
             cards = [i for i in cards if int('%d%d' % api.get_device_capability(i)) >= oldest]
         if cards and name == 'MPS' and torch.__version__ < (2, 13):
             # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
             # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
-            cards, reason = [], 'needs PyTorch 2.13 or later, earlier releases have faults in attention'
+            cards, reason = [], 'needs PyTorch 2.13 or later: attention has faults in earlier releases'
         rows += [(name, f'{word}:{i}', '') for i in cards] or [(name, '', reason)]
     return [*rows, ('CPU', 'cpu', '')]
-
 
 def pick_device(wish='auto'):
     """The torch device for auto, cuda, cuda:1, rocm, xpu, mps or cpu; ValueError if it isn't there."""
@@ -106,40 +99,37 @@ def pick_device(wish='auto'):
         raise ValueError(f'device {wish}: {why}use {" or ".join(f"--device={device}" for device in there)}')
     return fits[0] if fits[0] == name else fits[0].removesuffix(':0')
 
-
 def dtypes(device):
-    """Those of float32, TF32, float16, bfloat16 that the hardware computes in, not those it emulates."""
+    """Those of float32, float16, bfloat16 that the hardware computes in, not those it emulates."""
+    half = True
     if kind(device) == 'cpu':
         flags = proc('/proc/cpuinfo', 'flags|Features')
         half, bfloat = False, re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', flags)
     elif kind(device) == 'mps':
-        half, bfloat = True, True
+        bfloat = True
     elif kind(device) == 'xpu':
-        half, bfloat = True, torch.xpu.get_device_properties(device).has_bfloat16_conversions
+        bfloat = torch.xpu.get_device_properties(device).has_bfloat16_conversions
     elif torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
-        card = torch.cuda.get_device_properties(device).gcnArchName
-        half, bfloat = True, re.match('gfx(908|90a|94|95|11|12)', card)
+        bfloat = re.match('gfx(908|90a|94|95|11|12)', torch.cuda.get_device_properties(device).gcnArchName)
     else:  # not torch.cuda.is_bf16_supported(): it counts emulation
         capability = torch.cuda.get_device_capability(device)
         half, bfloat = capability >= (5, 3), capability >= (8, 0)
-    tf32 = bfloat and kind(device) == 'cuda' and not torch.version.hip
-    found = {'float32': True, 'TF32': tf32, 'float16': half, 'bfloat16': bfloat}
+    found = {'float32': True, 'float16': half, 'bfloat16': bfloat}
     return [dtype for dtype in found if found[dtype]]
-
 
 def pick_dtype(device, wish='auto'):
     """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device lacks it."""
-    there = [dtype for dtype in dtypes(device) if dtype != 'TF32']
+    there = dtypes(device)
     if wish == 'auto':
-        tensor_cores = kind(device) == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
-        wish = 'float16' if tensor_cores else 'float32'
+        wish = 'float32'
         if 'bfloat16' in there and kind(device) != 'mps':  # Apple's GPUs are about as fast in float32
             wish = 'bfloat16'
+        elif kind(device) == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0):  # tensor cores
+            wish = 'float16'
     if wish not in there:
         name = device_name(device)
         raise ValueError(f'dtype {wish}: {device} ({name}) computes only in {", ".join(there)}')
     return wish
-
 
 def set_up(device, threads=0):
     """TF32 for float32 products on a GPU; on the CPU the number of threads (0: torch's own) and malloc."""
@@ -154,24 +144,32 @@ def set_up(device, threads=0):
     with suppress(OSError, AttributeError):  # where there is no glibc
         # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
-        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
-            mallopt(-3, 1 << 25)  # all that an older glibc allows
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
+        mallopt(-3, 1 << 30)  # and more where it is newer
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
-
-def fastest_threads(work, most):
-    """most or 1: the number of CPU threads with which work() is faster now, tried for a second and then set.
-    Where another program has the cores, threads that wait for each other can be far slower than one."""
-    times = {most: [], 1: []}
-    work()  # the first time is slower
-    for threads in (most, 1, 1, most, most, 1):
-        if not times[threads] or sum(times[most] + times[1]) < 0.7:
-            torch.set_num_threads(threads)
-            times[threads].append(timeit.timeit(work, number=1))
-    best = min(times, key=lambda threads: statistics.median(times[threads]))
+def pick_threads():
+    """The number of CPU threads, all, half or one, that is fastest now: tried for under a second, then set.
+    Where another program has a core, threads that wait for each other can be far slower than one."""
+    most = torch.get_num_threads()
+    if most == 1:
+        return 1
+    x = torch.randn(256, 256)  # small, as the products of a small model are
+    done = {threads: [] for threads in (most, (most + 1) // 2, 1)}  # products in each tenth of a second
+    for threads in 3 * list(done):
+        torch.set_num_threads(threads)
+        end = time.perf_counter() + 0.1
+        products = 0
+        while time.perf_counter() < end:
+            x @ x
+            products += 1
+        done[threads].append(products)
+    best = max(done, key=lambda threads: statistics.median(done[threads]))
     torch.set_num_threads(best)
     return best
 
+def fastest_threads(work, most):  # the callers' old name
+    return pick_threads()
 
 def compile_problem(device):
     """'' when one tiny compiled training step works here, else why not, in one line. Prints nothing."""
@@ -179,16 +177,16 @@ def compile_problem(device):
         return 'off on MPS'
     x = torch.arange(4096.).view(64, 64).to(device)
     weight = torch.ones_like(x, requires_grad=True)
-    problem = ''
     logging.disable()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
-        except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
-            problem = f'{type(error).__name__}: {error}'.partition('Set TORCHDYNAMO')[0]
-    logging.disable(logging.NOTSET)
-    return ' '.join(problem.split())[:150]
-
+        return ''
+    except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
+        problem = f'{type(error).__name__}: {error}'.partition('Set TORCHDYNAMO')[0]
+        return ' '.join(problem.split())[:150]
+    finally:
+        logging.disable(logging.NOTSET)
 
 def device_name(device):
     if kind(device) in ('cuda', 'xpu'):
@@ -197,8 +195,7 @@ def device_name(device):
         return 'Apple GPU'
     name = proc('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f'{name}, {threads} thread' if threads == 1 else f'{name}, {threads} threads'
-
+    return f'{name}, {threads} thread{"" if threads == 1 else "s"}'
 
 def peak_flops(device, dtype):
     """(FLOP/s, 'vendor') from the table, or (0.0, 'unknown'), as it is for float32."""
@@ -206,11 +203,9 @@ def peak_flops(device, dtype):
     known = peak and dtype != 'float32' and dtype in dtypes(device)
     return (1e12 * peak, 'vendor') if known else (0.0, 'unknown')
 
-
 def fastest(device, work):
     """Seconds, the least of twelve tries."""
     return min(timeit.repeat(lambda: (work(), synchronize(device)), number=1, repeat=12))
-
 
 def measure_flops(device, dtype):
     """FLOP/s of a large matrix product of random numbers."""
@@ -218,48 +213,40 @@ def measure_flops(device, dtype):
     x = torch.randn(n, n, device=device).to(getattr(torch, dtype))
     return 2 * n ** 3 / fastest(device, lambda: x @ x)
 
-
 def measure_bandwidth(device):
     """Bytes/s of reading a tensor much larger than the caches."""
     x = torch.ones((64 if kind(device) == 'cpu' else 256) * 2 ** 20, device=device)
     return x.nbytes / fastest(device, x.sum)
 
-
 def describe(device):
     free, total = proc('/proc/meminfo', 'MemAvailable') or 0, proc('/proc/meminfo', 'MemTotal') or 0
     if kind(device) in ('cuda', 'xpu'):
         free, total = torch.get_device_module(device).mem_get_info(device)
-    capability = '%d.%d' % torch.cuda.get_device_capability(device) if kind(device) == 'cuda' else ''
-    return {'name': device_name(device), 'capability': capability, 'dtypes': ' '.join(dtypes(device)),
+    return {'name': device_name(device), 'dtypes': ' '.join(dtypes(device)),
             'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1),
             'peak_tflops': peak_flops(device, 'float16')[0] / 1e12 or 'unknown'}
 
-
 def report():
-    rows = []
-    for name, device, reason in backends():
-        facts = describe(device) if device else {'reason': reason}
-        rows.append({'backend': name, 'device': device, **facts})
+    rows = [{'backend': name, 'device': device, **(describe(device) if device else {'reason': reason})}
+            for name, device, reason in backends()]
     device = pick_device()
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': os.cpu_count(),
             'problem': version_problem(), 'device': device, 'dtype': pick_dtype(device), 'table': rows}
 
-
 def table():
     """The report for people, at most 100 columns wide."""
     facts = report()
-    lines = ['        device  free memory    computes in                    name', '-' * 100]
+    lines = ['backend device  free memory    computes in              name', '-' * 100]
     for row in facts['table']:
         about = row.get('reason')
         if row['device']:
             free, total = row['free_gib'], row['memory_gib']
             memory = f'{free:.0f} of {total:.0f} GiB' if total else 'unknown'
-            about = f'{row["device"]:8}{memory:15}{row["dtypes"]:31}{row["name"]}'
+            about = f'{row["device"]:8}{memory:15}{row["dtypes"]:25}{row["name"]}'
         lines.append(f'{row["backend"]:8}{about}'[:100])
     advice = f'train.py would use {facts["device"]} (the first available) in {facts["dtype"]}'
     versions = f'Python {facts["python"]}, PyTorch {facts["torch"]}, {facts["cores"]} CPU cores'
     return '\n'.join([*lines, '', versions, facts['problem'] or advice])
-
 
 if __name__ == '__main__':
     from configurator import ask, configure, set_up_output

@@ -142,7 +142,12 @@ def attention_mask(queries, keys, config):
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S,
-    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal."""
+    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal. The first four
+    lines are other kernels for the same formula: a change of it starts by deleting them."""
+    if FAST and q.size(2) == 1 and mask is not None and mask.dim() == 2:
+        return one_query_attention(q, k, v, mask)
+    if FAST and q.is_cpu and q.size(2) <= 512 and k.size(2) <= 1024 and (mask is None or mask.dim() == 2):
+        return short_attention(q, k, v, mask, dropout)
     group = q.size(1) // k.size(1)
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -170,7 +175,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = fast_attention(q, k, v, mask, c.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, c.dropout if self.training else 0.0)
         y = self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(y, c.dropout, self.training)
 
@@ -619,9 +624,13 @@ def to_hf(config, weights):
             _, layer, module = module.split('.', 2)
             prefix = f'model.layers.{layer}'
         if module == 'head':
+            if tensor.data_ptr() != weights['embedding.weight'].data_ptr():
+                raise ValueError('the head is not the embedding: only models with tied embeddings are exported')
             continue
         if module not in MODULES:
             raise ValueError(f'neither Llama nor Qwen3 has a place for {name}')
+        if sum(rows.get(module, [])) not in (0, len(tensor)):
+            raise ValueError(f'{name} has {len(tensor)} rows, not {sum(rows[module])}')
         parts = tensor.split(rows.get(module, len(tensor)))
         result[name] = {f'{prefix}.{theirs}.{kind}': part for theirs, part in zip(MODULES[module], parts)}
     return result
@@ -758,17 +767,16 @@ FAST = True
 LARGE = 2**20  # elements from which fast_recompute pays
 MANY_LOGITS = 2**24  # from which fast_loss makes them in slices
 
-def fast_attention(q, k, v, mask=None, dropout=0.0):
-    """attention(). With one query the heads that share keys take the place of T, so that nothing is repeated.
-    On a CPU plain products over up to 512 positions take a half to a sixth of the fused kernel's time,
-    forward and backward."""
+def one_query_attention(q, k, v, mask):
+    """attention() of one query a head, as when sampling: the heads that share keys take the place of T, so that
+    nothing is repeated."""
+    grouped = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+
+def short_attention(q, k, v, mask, dropout):
+    """attention() as plain products, which on a CPU take a half to a sixth of the fused kernel's time, forward
+    and backward, over up to 512 positions."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    shared_mask = mask is None or mask.dim() == 2
-    if FAST and T == 1 and mask is not None and shared_mask:
-        y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, mask, dropout)
-        return y.reshape(B, H, 1, D)
-    if not FAST or T > 512 or S > 1024 or q.device.type != 'cpu' or not shared_mask:
-        return attention(q, k, v, mask, dropout)
     if mask is None:
         mask = q.new_full((T, T), -math.inf).triu_(1)
     q = q.reshape(B * K, H // K * T, D)

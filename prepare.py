@@ -1,5 +1,5 @@
 """
-Text in, tokens out (data/NAME/ with train.bin, val.bin and meta.json), and batches read back from there.
+Text in, tokens out, and batches read back: data/NAME/ with train.bin, val.bin and meta.json.
 
     python prepare.py                                  # list what is prepared
     python prepare.py shakespeare                      # or pydoc: English that comes with Python
@@ -7,8 +7,8 @@ Text in, tokens out (data/NAME/ with train.bin, val.bin and meta.json), and batc
     python prepare.py my.txt --tokenizer=out/best.pt   # with a checkpoint's tokenizer
     python prepare.py --info=poems                     # figures and passages of a prepared data set
 
-Tokens decode to exactly the text they were made from, and memory stays bounded. Between documents (files,
-rows) stands the end-of-text token, or a newline if the tokenizer has none.
+Tokens decode to exactly the text they were made from, and memory stays bounded. Between documents
+(files, rows) stands the end-of-text token, or a newline if the tokenizer has none.
 """
 import os
 import signal
@@ -36,7 +36,7 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
-from filelock import FileLock, Timeout  # comes with torch
+from filelock import FileLock  # comes with torch
 
 from configurator import configure, plain_errors, set_up_output
 
@@ -52,9 +52,9 @@ overwrite = False  # replace a data set of the same name that was made from othe
 info = ''  # show this prepared data set
 # ----------------------------------------------------------------------------
 DATA = Path('data')
-CHAR_RNN = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
-DOWNLOADS = {'shakespeare': CHAR_RNN + 'tinyshakespeare/input.txt'}
-SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'  # of that text
+DOWNLOADS = {'shakespeare': (  # address, sha256
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')}
 # how GPT-2 divides a text into words
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = '<|endoftext|>'
@@ -222,8 +222,8 @@ def make_tokenizer(kind, vocab_size, parts):
             return torch.load(kind, 'cpu', weights_only=True)['tokenizer']
         return load_dataset(kind).meta['tokenizer']
     except Exception as error:  # what is no checkpoint fails in many ways
-        raise ValueError(f'--tokenizer={kind}: not auto, char, bpe or gpt2, a checkpoint, a folder with '
-                         f'tokenizer.json or a prepared data set ({type(error).__name__})') from None
+        raise ValueError(f'--tokenizer={kind} is not auto, char, bpe or gpt2, nor a checkpoint, a folder '
+                         f'with tokenizer.json or a prepared data set ({type(error).__name__})') from None
 
 def bpe_meta(kind, tokens):
     ranks = [base64.b64encode(token).decode() for token in tokens]
@@ -263,7 +263,7 @@ def printable(text):
     return regex.sub('[^\n\t -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]',
                      lambda match: match[0].encode('unicode_escape').decode(), text)
 
-def download(url, path, part, sha256=''):
+def download(url, path, part, sha256=None):
     """url -> path, whole or not at all, by way of the file part. ConnectionError if no attempt succeeds."""
     import requests  # here, because it takes 60 ms, and sample.py does without
     for wait in (*RETRY_WAITS, None):
@@ -281,7 +281,7 @@ def download(url, path, part, sha256=''):
                                       f'try again, or put the text at {path}') from None
             time.sleep(wait)
     if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f'{url} sent another text than expected: try again, or put the text at {path}')
+        raise ValueError(f'{url} sent a different text than expected: try again, or put the text at {path}')
     path.parent.mkdir(exist_ok=True)
     os.replace(part, path)
 
@@ -294,23 +294,20 @@ def find_parts(source, folder, new):
         from pydoc_data.topics import topics
         path = new / 'pydoc.txt'
         path.write_bytes(('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode())
-    elif source in DOWNLOADS:
-        path = DATA / source / 'input.txt'
+    elif source in DOWNLOADS or source.startswith(('http://', 'https://')):
+        url, sha256 = DOWNLOADS.get(source, (source, None))
+        kept = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt'
+        path = DATA / source / 'input.txt' if sha256 else kept
         if not path.exists():
-            download(DOWNLOADS[source], path, new / 'text', SHA256)
-    elif source.startswith(('http://', 'https://')):
-        path = folder / f'{hashlib.sha256(source.encode()).hexdigest()[:16]}.txt'
-        if not path.exists():
-            download(source, path, new / 'text')
+            download(url, path, new / 'text', sha256)
     elif path.is_dir():
         return find_texts(path)
     elif not path.is_file():
-        raise ValueError(f'{source} is no file or folder, nor shakespeare, pydoc, a URL or hf:owner/name')
+        raise ValueError(f'{source} is neither a file, a folder or a URL, nor shakespeare, pydoc or hf:owner/name')
     return [path]
 
 def find_texts(folder):
-    """The text files in and below a folder, without hidden ones; in the current one also without data/ and
-    out*/."""
+    """The text files in a folder and below: no hidden ones and, in the current folder, no data/ or out*/."""
     texts, skipped = [], []
     for path in sorted(folder.rglob('*')):
         parts = path.relative_to(folder).parts
@@ -362,7 +359,7 @@ def read_rows(spec):
     try:
         for row in load(name, split='train', streaming=True):
             if not isinstance(row.get(column), str):
-                raise ValueError(f'{spec}: no text; write hf:{name}:COLUMN with one of {", ".join(row)}')
+                raise ValueError(f'{spec}: no such text; write hf:{name}:COLUMN with one of {", ".join(row)}')
             yield [row[column]]
     except (OSError, RuntimeError) as error:
         raise ConnectionError(f'{spec} cannot be read ({type(error).__name__}): '
@@ -401,10 +398,10 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     One process at a time prepares a name; one that had to wait takes what is there, if it fits."""
     sources = [sources] if isinstance(sources, str) else list(sources)
     if not sources or '' in sources:
-        raise ValueError('an empty name: name a text file, a folder (. is this one), a URL ...')
+        raise ValueError('a source has an empty name: give a text file, a folder (. is this one) or a URL')
     name = name or make_name(sources[0])
     if not regex.fullmatch(r'[\w-][\w.-]{0,99}', name):
-        raise ValueError(f'{name!a} cannot be the name of a data set: use letters, digits, _ and -')
+        raise ValueError(f'{name!a} cannot name a data set: use letters, digits, _ and -')
     if 0 != vocab_size < 257 or not 0 < val_fraction < 1 or max_mb < 0:
         raise ValueError(f'out of range: vocab_size {vocab_size} (0, or at least 257), '
                          f'val_fraction {val_fraction} (between 0 and 1) or max_mb {max_mb} (0 or more)')
@@ -429,7 +426,9 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
                 os.replace(new / file, folder / file)
         finally:
             shutil.rmtree(new)
-    print(f'{describe(folder, meta)}\nnext: python train.py --dataset={name} --minutes=5')
+    print(describe(folder, meta))
+    print('to judge a model, look at the bits per byte of its evaluations: less is better')
+    print(f'next: python train.py --dataset={name} --minutes=5')
     return folder
 
 def read_meta(folder):
@@ -441,8 +440,8 @@ def read_meta(folder):
 def describe(folder, meta):
     train, val = meta['tokens']['train'], meta['tokens']['val']
     return (f'{folder}: {meta["characters"]:,} characters from {" ".join(meta["sources"])}\n'
-            f'{meta["tokenizer"]["kind"]} tokenizer with a vocabulary of {meta["vocab_size"]:,}; '
-            f'a token is {meta["characters"] / (train + val):.2f} characters on average\n'
+            f'{meta["tokenizer"]["kind"]} tokenizer with a vocabulary of {meta["vocab_size"]:,}, '
+            f'{meta["characters"] / (train + val):.2f} characters per token\n'
             f'{train:,} tokens for training, {val:,} for validation')
 
 def fill(new, parts, meta):
@@ -469,7 +468,7 @@ def fill(new, parts, meta):
         print(f'encoded {size / 1e6:,.1f} MB at {size / 1e6 / (time.time() - began):.1f} MB/s')
     n_train = max(int(total * (1 - val_fraction)), total - VAL_MAX)
     if min(n_train, total - n_train) < 2:
-        raise ValueError(f'{", ".join(meta["sources"])}: {total:,} tokens are too little text to learn from')
+        raise ValueError(f'{", ".join(meta["sources"])}: {total:,} tokens are too few to learn from')
     val = np.fromfile(new / 'train.bin', coder.dtype, offset=n_train * coder.dtype.itemsize)
     val.tofile(new / 'val.bin')
     os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
