@@ -168,9 +168,6 @@ def pick_threads():
     torch.set_num_threads(best)
     return best
 
-def fastest_threads(work, most):  # the callers' old name
-    return pick_threads()
-
 def compile_problem(device):
     """'' when one tiny compiled training step works here, else why not, in one line. Prints nothing."""
     if kind(device) == 'mps':

@@ -266,8 +266,8 @@ def printable(text):
 def download(url, path, part, sha256=None):
     """url -> path, whole or not at all, by way of the file part. ConnectionError if no attempt succeeds."""
     import requests  # here, because it takes 60 ms, and sample.py does without
+    print(f'fetching {url} ...', flush=True)
     for wait in (*RETRY_WAITS, None):
-        print(f'fetching {url} ...', flush=True)
         try:
             with requests.get(url, stream=True, timeout=(3, 30)) as reply, open(part, 'wb') as file:
                 reply.raise_for_status()
@@ -303,7 +303,7 @@ def find_parts(source, folder, new):
     elif path.is_dir():
         return find_texts(path)
     elif not path.is_file():
-        raise ValueError(f'{source} is neither a file, a folder or a URL, nor shakespeare, pydoc or hf:owner/name')
+        raise ValueError(f'{source} is not a file, folder or URL, nor shakespeare, pydoc or hf:owner/name')
     return [path]
 
 def find_texts(folder):
@@ -427,7 +427,7 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
         finally:
             shutil.rmtree(new)
     print(describe(folder, meta))
-    print('to judge a model, look at the bits per byte of its evaluations: less is better')
+    print('to judge a model, look at the bits per byte of its evaluations: lower is better')
     print(f'next: python train.py --dataset={name} --minutes=5')
     return folder
 
@@ -438,14 +438,15 @@ def read_meta(folder):
         return {}
 
 def describe(folder, meta):
+    """Three lines about a data set"""
     train, val = meta['tokens']['train'], meta['tokens']['val']
     return (f'{folder}: {meta["characters"]:,} characters from {" ".join(meta["sources"])}\n'
-            f'{meta["tokenizer"]["kind"]} tokenizer with a vocabulary of {meta["vocab_size"]:,}, '
+            f'{meta["tokenizer"]["kind"]} tokenizer, vocabulary of {meta["vocab_size"]:,}, '
             f'{meta["characters"] / (train + val):.2f} characters per token\n'
             f'{train:,} tokens for training, {val:,} for validation')
 
 def fill(new, parts, meta):
-    """Text -> train.bin, val.bin and meta.json in the folder `new`; completes meta."""
+    """Text -> train.bin, val.bin and meta.json in the folder `new`; adds what it finds out to meta."""
     tokenizer, vocab_size, val_fraction, max_mb = meta['settings']
     meta['tokenizer'] = make_tokenizer(tokenizer, vocab_size, parts)
     coder = Tokenizer(meta['tokenizer'])

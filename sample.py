@@ -321,8 +321,8 @@ with plain_errors():
     echo = '' if start.startswith('FILE:') else start
     text = ''.join(read_text(start[5:])) if start.startswith('FILE:') else start
     prompt = coder.encode(text) or beginning()
-if device == 'cpu' and not threads and torch.get_num_threads() > 1:
-    hardware.fastest_threads(lambda: model.generate(torch.tensor([prompt[:1]]), 2), torch.get_num_threads())
+if device == 'cpu' and not threads:
+    hardware.pick_threads()
 note(about())
 if interactive:
     talk()

@@ -240,6 +240,8 @@ with plain_errors():
         torch.get_device_module(device).set_device(device)
     dtype = hardware.pick_dtype(device, dtype)
 hardware.set_up(device, threads)
+if device == 'cpu' and threads == 0 and world_size == 1:
+    threads = hardware.pick_threads()
 
 # ----------------------------------------------------------------------------
 # data
@@ -397,7 +399,7 @@ def last_words():
              'or --gradient_checkpointing')
 
 # ----------------------------------------------------------------------------
-# how many threads, how many updates, compiled or not: by a few real updates
+# how many updates, compiled or not: by a few real updates
 
 def trial():
     """One update of a micro-batch -> its seconds."""
@@ -412,7 +414,7 @@ def trial():
     return time.perf_counter() - begin
 
 seconds = 0.0  # of an update; 0: not known
-if not eval_only and (minutes or compile == 'auto' or threads == 0 and device == 'cpu'):
+if not eval_only and (minutes or compile == 'auto'):
     weights = [p.detach().clone() for p in model.parameters()]
     with last_words():
         while not seconds:
@@ -422,9 +424,6 @@ if not eval_only and (minutes or compile == 'auto' or threads == 0 and device ==
                 if batch_size == 1 or world_size > 1 or not out_of_memory(error):
                     raise
                 halve_the_batch()
-    if threads == 0 and device == 'cpu' and world_size == 1 and seconds < 0.5:
-        threads = hardware.fastest_threads(trial, torch.get_num_threads())
-        seconds = trial()
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), weights)
     optimizer.state.clear()
