@@ -95,6 +95,11 @@ def config_from(settings, cls=GPTConfig, **changes):
 # ----------------------------------------------------------------------------
 # The model
 
+def matrix_dtype(x):
+    """What a matrix product of x is computed in: autocast's precision, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; https://arxiv.org/abs/1910.07467 (4)."""
 
@@ -131,7 +136,7 @@ def rope(positions, config):
 def rotate(x, cos, sin):
     """RoPE, https://arxiv.org/abs/2104.09864 (34), half against half as in Hugging Face's Llama: each pair
     (i, i + head_dim / 2) of x (B, T, heads, head_dim) turned by the angle of its position."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 def attention_mask(queries, keys, config):
     """What is added to the score of a query and a key, from their positions (T,) and (S,) -> (T, S): 0 where
@@ -257,7 +262,7 @@ class GPT(nn.Module):
         mask = None  # plain causal attention, for which there are the fastest kernels
         if keys is not positions:
             mask = attention_mask(positions, keys, self.config).to(x.dtype)
-        turns = rope(positions, self.config)
+        turns = [table.to(matrix_dtype(x)) for table in rope(positions, self.config)]
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
@@ -792,8 +797,7 @@ class UnitRMS(torch.autograd.Function):
     def forward(ctx, x, eps):
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        kind = x.device.type
-        y = (x * scale).to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        y = (x * scale).to(matrix_dtype(x))
         ctx.save_for_backward(y, scale)
         ctx.dtype = x.dtype
         return y

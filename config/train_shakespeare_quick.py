@@ -1,4 +1,4 @@
-# The first words in a quarter of a minute: a small character-level model of Shakespeare on two CPU cores:
+# The first words in ten to fifteen seconds: a small character-level model of Shakespeare on two CPU cores:
 #     python train.py config/train_shakespeare_quick.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
@@ -10,10 +10,10 @@ n_embd = 128
 block_size = 64
 batch_size = 12
 
-max_iters = 250
+max_iters = 270
 muon_learning_rate = 0.03
 warmup_iters = 5
 lr_schedule = 'linear'
 weight_decay = 0.0
-eval_interval = 250
+eval_interval = 270
 eval_iters = 0
