@@ -41,9 +41,9 @@ report = False  # print the rows of the README's table for this machine
 
 def measure(*flags):
     """The figures of another configuration, from a process of its own, so that its peak memory is its own."""
-    command = [sys.executable, __file__, f'--device={device}', '--updates=5', '--decode_tokens=20', '--json', *flags]
+    command = [sys.executable, __file__, '--json', f'--device={device}', '--updates=5', '--decode_tokens=20']
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return {'failed': 'not done in two minutes'}
     if done.returncode:  # a process that ran out of memory may have said nothing
@@ -61,7 +61,8 @@ def report_rows():
     if device == 'cpu':
         shape = '--n_layer=4 --n_head=4 --n_kv_head=2 --n_embd=256'
         rows = [f'{shape} --block_size={n} --batch_size={4096 // n}' for n in (128, 512, 2048)]
-        rows += [f'--model_preset={preset} --batch_size=4 --block_size=256' for preset in ('tiny', 'small', 'medium')]
+        presets_here = ('tiny', 'small', 'medium')
+        rows += [f'--model_preset={preset} --batch_size=4 --block_size=256' for preset in presets_here]
         rows += [f'{rows[1]} {more}' for more in ('--decode_batch=16', '--gradient_checkpointing')]
         config_file = 'config/train_shakespeare_quick.py'
     print(f'{hardware.device_name(device)}, torch {torch.__version__}, {time.strftime("%Y-%m-%d")}\n')
@@ -76,7 +77,8 @@ def report_rows():
               f'| {f["peak_memory"] / 2**30:.2f} | {f["decode_tokens_per_sec"]:,.0f} '
               f'| {f["bandwidth_share"]:.0%} |', flush=True)
     train = os.path.join(here, 'train.py')
-    command = [sys.executable, train, os.path.join(here, config_file), '--out_dir=out-report', f'--device={device}']
+    flags = ['--out_dir=out-report', f'--device={device}']
+    command = [sys.executable, train, os.path.join(here, config_file), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     said = re.search('done .*', done.stdout)
     print(f'\n{config_file}: {said[0] if said else done.stderr.strip()[-200:]}')
@@ -106,8 +108,8 @@ with plain_errors():
     model_config = config_from(config, vocab_size=vocab_size or default)
     torch.manual_seed(seed)
     model = raw_model = GPT(model_config).to(device)
-    optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum,
-                               weight_decay)
+    optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate,
+                               muon_momentum, weight_decay)
     if compile.lower() == 'true':
         if problem := hardware.compile_problem(device):
             raise ValueError(f'torch.compile does not work here: {problem}')
@@ -162,7 +164,8 @@ if not peak:
 tokens_per_sec = batch_size * block_size / statistics.median(totals)
 f = dict(
     device=hardware.device_name(device), torch=torch.__version__, dtype=dtype, compiled=model is not raw_model,
-    parameters=raw_model.n_params(), block_size=block_size, batch_size=batch_size, tokens_per_sec=tokens_per_sec,
+    parameters=raw_model.n_params(), block_size=block_size, batch_size=batch_size,
+    tokens_per_sec=tokens_per_sec,
     mfu=raw_model.flops_per_token() * tokens_per_sec / peak, peak_flops=peak, peak_origin=origin,
     peak_memory=hardware.peak_memory(device),
     ms_per_update={name: [1000 * t for t in times] for name, times in dict(all=totals, **timed).items()},
@@ -205,7 +208,7 @@ print(f"training  {tokens_per_sec:,.0f} tokens/s, MFU {f['mfu']:.1%} of {peak / 
 print(f"          ms per update {ms.pop('all')}: " + ', '.join(f'{name} {text}' for name, text in ms.items()))
 if decode_tokens:
     print(f"prefill   {f['prefill_tokens_per_sec']:,.0f} tokens/s, {decode_batch} x {context} tokens")
-    print(f"decoding  {f['decode_tokens_per_sec']:,.0f} tokens/s, {spread(f['ms_per_decode_step'])} ms a step at batch "
-          f"{decode_batch}, context {context}")
-    print(f"          reads {read / 1e6:,.1f} MB a step, {f['bandwidth_share']:.0%} of the {bandwidth / 1e9:.1f} GB/s of "
-          'plain reading')
+    print(f"decoding  {f['decode_tokens_per_sec']:,.0f} tokens/s, {spread(f['ms_per_decode_step'])} ms a step at "
+          f"batch {decode_batch}, context {context}")
+    print(f"          reads {read / 1e6:,.1f} MB a step, {f['bandwidth_share']:.0%} of the {bandwidth / 1e9:.1f} "
+          'GB/s of plain reading')

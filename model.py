@@ -1,8 +1,6 @@
 """The network: a GPT with RoPE, grouped-query attention, SwiGLU and RMSNorm; sampling, its optimizer,
 checkpoints.
 
-    python model.py        # the presets, and a forward, a backward and a generation as a self-check
-
 Each formula stands here once. What exists for speed or memory alone is the last section, which need not be
 read."""
 
@@ -72,9 +70,9 @@ class GPTConfig:
         for name in ('mlp_ratio', 'rope_theta', 'norm_eps'):
             if not getattr(self, name) > 0:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0')
-        for name, width in (('hidden_dim', self.hidden_dim), ('n_head * head_dim', self.n_head * self.head_dim)):
-            if width >= 2**24:
-                raise ValueError(f'{name} is {width}: it must be below 2^24')
+        if max(self.hidden_dim, self.n_head * self.head_dim) >= 2**24:
+            raise ValueError(f'hidden_dim {self.hidden_dim} and n_head * head_dim {self.n_head * self.head_dim} '
+                             'must be below 2^24')
 
     @property
     def hidden_dim(self):
@@ -163,7 +161,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
+        heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = Linear(config.n_embd, heads * config.head_dim, bias=config.bias)
         self.proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm:  # per head, before the rotation, where Qwen3 has it
             self.q_norm = make_norm(config.head_dim, config)
@@ -290,15 +289,15 @@ class GPT(nn.Module):
         return 6 * self.n_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     @torch.no_grad()
-    def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, generator=None,
-               stop_token=None, cache=None):
+    def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
+               generator=None, stop_token=None, cache=None):
         """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
         one prompt (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. With
         a cache, input_ids continue what it has read. T and max_new_tokens have no limit: a token sees the
         block_size positions up to itself. The arithmetic is that of the weights: model.to(torch.bfloat16)
         first for speed."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(f'input_ids must be (B, T) with at least one token each, not {tuple(input_ids.shape)}')
+            raise ValueError(f'input_ids must be (B, T) with at least one token, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
             raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
         if max_new_tokens < 1:
@@ -355,7 +354,7 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         self.config = config
         self.length = 0  # positions read so far,
-        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and the same where a CUDA graph can count on
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and where a graph can count them
         self.at = torch.empty(0, dtype=torch.int64, device=device)
         shape = (config.n_layer, batch_size, config.n_kv_head, 0, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
@@ -427,7 +426,8 @@ def inverse_root(gram):
     between 0.4 and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four
     steps of https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do):
     in bfloat16 a spectrum over two decades came out wrong by 18 %."""
-    steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518), (3.3184, -2.4885, 0.51))
+    steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518),
+             (3.3184, -2.4885, 0.51))
     root = None
     for a, b, c in steps:
         if root is not None:
@@ -473,7 +473,8 @@ class Muon(torch.optim.AdamW):
         updates = [u.mT if u.size(0) > u.size(1) else u for u in updates]  # (n, n or more)
         if dist.is_initialized():
             world, share = dist.get_world_size(), math.ceil(len(updates) / dist.get_world_size())
-            mine = [updates[i % len(updates)] for i in range(share * dist.get_rank(), share * (dist.get_rank() + 1))]
+            first = share * dist.get_rank()
+            mine = [updates[i % len(updates)] for i in range(first, first + share)]
             root = inverse_root(torch.stack([u @ u.mT for u in mine]))
             roots = root.new_empty(share * world, *root.shape[1:])
             dist.all_gather_into_tensor(roots, root)
@@ -513,11 +514,11 @@ def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_m
 
 def load_optimizer(optimizer, state):
     """A checkpoint's optimizer state into this optimizer, whose own options, which may have changed, stay."""
-    options = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+    options = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
         for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
+            group.update({**own, 'params': group['params']})
         fused = {p for group in optimizer.param_groups if group.get('fused') for p in group['params']}
         for p, values in optimizer.state.items():
             for name, value in values.items():
@@ -527,7 +528,7 @@ def load_optimizer(optimizer, state):
                 if p not in fused:  # a factor of the shape will do; a fused step would write past its end
                     fits = torch.broadcast_shapes(value.shape, p.shape) == p.shape
                 if not fits or value.layout != torch.strided or value.dtype not in (p.dtype, torch.float32):
-                    raise ValueError(f'{name} is {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
+                    raise ValueError(f'{name} {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
                 if value.shape == p.shape and value.stride() != p.stride():
                     values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -536,8 +537,10 @@ def load_optimizer(optimizer, state):
 # ----------------------------------------------------------------------------
 # Checkpoints: dicts of tensors and plain values, which torch.load reads without running anything
 
-FIELDS = dict(iter_num=int, tokens_seen=int, best_step=int, elapsed=float, model=dict, model_config=dict, config=dict,
-              tokenizer=dict, dataset_sha256=str, val_loss=float, best_val_loss=float, scaler=dict)
+FIELDS = dict(
+    model=dict, model_config=dict, config=dict, tokenizer=dict, dataset_sha256=str, iter_num=int, tokens_seen=int,
+    elapsed=float, val_loss=float, best_val_loss=float, best_step=int, scaler=dict,
+)
 
 def save_checkpoint(path, state):
     """Written aside, flushed to disk, renamed: whatever happens, path is the old file or the new one,
@@ -574,7 +577,7 @@ def load_checkpoint(path, device='cpu'):
         raise ValueError(f'{path} is damaged, or not a checkpoint of this program: use another copy') from None
     for name, kind in FIELDS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f'{path} is a file of PyTorch, but not a checkpoint of this program (no valid {name})')
+            raise ValueError(f'{path} is not a checkpoint of this program (no valid {name})')
     try:
         state['model_config'] = asdict(GPTConfig(**state['model_config']))
     except (TypeError, ValueError) as error:
@@ -590,8 +593,8 @@ def load_model(state):
     found = {name: getattr(tensor, 'shape', None) for name, tensor in weights.items()}
     if found != expected:
         odd = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
-        raise ValueError(f"the checkpoint's weights do not fit its model_config: {odd} is {found.get(odd)}, not "
-                         f'{expected.get(odd)}')
+        raise ValueError(f"the checkpoint's weights do not fit its model_config: {odd} is {found.get(odd)}, "
+                         f'not {expected.get(odd)}')
     model = GPT(config)
     model.load_state_dict(weights)
     return model.to(weights['embedding.weight'].device)
@@ -795,7 +798,8 @@ class UnitRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = size.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         y = (x * scale).to(matrix_dtype(x))
         ctx.save_for_backward(y, scale)
@@ -875,9 +879,11 @@ def fast_linear(x, weight, bias=None):
     (fast_layout) in half precision is a sum of the columns weighted by x, a share for each thread:
     embedding_bag reads memory 1.7 to 2 times as fast as the product, which is made for many rows. In float32
     the product itself does well on columns."""
-    if weight.stride(0) > 1 or x.numel() > x.size(-1) or weight.element_size() > 2 or weight.dtype != x.dtype or not x.is_cpu:
+    one_row = x.is_cpu and x.numel() == x.size(-1) and weight.stride(0) == 1
+    if not one_row or weight.element_size() > 2 or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
-    parts = torch.embedding_bag(weight.t(), *shares(x.numel(), torch.get_num_threads()), False, 0, False, x.flatten())[0]
+    columns, begins = shares(x.numel(), torch.get_num_threads())
+    parts = torch.embedding_bag(weight.t(), columns, begins, False, 0, False, x.flatten())[0]
     y = parts.sum(0).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
@@ -911,7 +917,8 @@ def fast_step(model, cache):
             cache.next -= 1
             cache.length -= 1
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread may be preparing batches
+            # another thread may be preparing batches
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
                 logits = step(ids)
         cache.length -= 1
         return graph, logits
@@ -928,19 +935,3 @@ def fast_step(model, cache):
         return logits
 
     return replay
-
-if __name__ == '__main__':
-    for name, shape in presets.items():
-        with torch.device('meta'):
-            model = create_model(name)
-        c = model.config
-        print(f'{name:7} {model.n_params() / 1e6:6.1f}M parameters  {model.flops_per_token() / 1e9:5.2f} GFLOP a training token  '
-              f'{2 * 2 * c.n_layer * c.n_kv_head * c.head_dim:6,} bytes of KV cache a token in bfloat16')
-    torch.manual_seed(0)
-    model = create_model('tiny', vocab_size=65, n_layer=2)
-    ids = torch.randint(65, (2, 33))
-    loss = model(ids[:, :-1], ids[:, 1:])[1]
-    loss.backward()
-    print(f'forward: loss {loss:.3f}, ln(65) is {math.log(65):.3f}')
-    print(f'backward: gradient norm {torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]):.3f}')
-    print(f'generate: {model.generate(ids[:1, :5], 10)[0].tolist()}')

@@ -105,23 +105,13 @@ def test_only_lower_case_literals_before_configure_are_settings(settings):
 
 def test_a_field_that_a_subclass_adds_to_a_dataclass_is_a_setting_with_its_comment(settings, capsys):
     @dataclass
-    class Narrow:
-        width: int = 256  # of a layer
-        batch_size: int = 3  # the script's wins
-    @dataclass
-    class Capped(Narrow):
+    class Capped(GPTConfig):
         soft_cap: float = 30.0  # largest logit
     configure = lambda *argv: configurator.configure(Capped, 'script.py', argv=list(argv))
-    assert {**settings(), 'width': 256, 'soft_cap': 20.0} == configure('--soft_cap=20')
+    assert configure('--soft_cap=20')['soft_cap'] == 20 and configure()['n_embd'] == GPTConfig.n_embd
     with pytest.raises(SystemExit):
         configure('--help')
-    words = ' '.join(capsys.readouterr().out.split())
-    assert 'Settings of Capped, with their defaults: --width=256 of a layer --soft_cap=30.0 largest' in words
-
-def test_fields_of_a_class_typed_into_a_prompt_are_settings_too(settings):
-    space = {}
-    exec('from dataclasses import dataclass\n@dataclass\nclass Typed:\n  x: int = 1', space)
-    assert configurator.configure(space['Typed'], 'script.py', argv=['--x=2'])['x'] == 2
+    assert re.search(r'Settings of Capped(.|\n)*\n  --soft_cap=30.0 +largest logit', capsys.readouterr().out)
 
 def test_saved_settings_take_the_place_of_the_defaults_and_strangers_are_ignored(settings):
     saved = {'batch_size': 5, 'out_dir': 'there', 'gone': 1}
@@ -143,14 +133,12 @@ def test_a_flag_is_read_as_its_settings_type(settings, flag, value):
 
 @pytest.mark.parametrize('arguments, says', [
     (['--batchsize=3'], 'batch_size'), (['--batch_size=1e3'], 'whole number'), (['--LIMIT=2'], 'no setting'),
-    (['--learning_rate=nan'], 'a number'), (['--compile=maybe'], 'true or false'), (['-c'], '--name=value'),
+    (['--learning_rate=nan'], 'a number'), (['--compile=maybe'], 'true or false'), (['-c'], 'no setting'),
     (['--out_dir', 'runs'], 'write --out_dir=VALUE'), (['--compile', 'False'], 'config file'),
-    (['shakespeare'], 'config file'), (['--\x1b\nx=1'], 'setting'), (['nowhere.py'], 'c.py'),
-    (['d.py'], 'directory')])
+    (['shakespeare'], 'config file'), (['--\x1b\nx=1'], 'setting'), (['nowhere.py'], 'config file'),
+    (['d.py'], 'config file')])
 def test_a_mistaken_flag_is_refused_in_one_line(settings, capsys, arguments, says):
     os.makedirs('d.py')
-    os.makedirs('config')
-    settings_file('', 'config/c.py')
     assert says in settings_refusal(capsys, settings, *arguments)
 
 @pytest.mark.parametrize('text, says', [
@@ -158,7 +146,7 @@ def test_a_mistaken_flag_is_refused_in_one_line(settings, capsys, arguments, say
     ('batch_size = True', 'whole number'), ('compile = 1', 'true or false'), ('out_dir = 3', 'text'),
     ('learning_rate = 10 ** 400', 'a number'), ('\n1 / 0', 'line 2: ZeroDivisionError'),
     ('\nx = = 1', 'line 2'), ('exit(0)', 'SystemExit'), ('import batch_size', 'No module'),
-    (b'\xff', 'SyntaxError')])
+    (b'\xff', 'SyntaxError'), ('_own = 1\nimport math\nmine = None', "no setting 'mine'")])
 def test_a_mistaken_config_file_is_refused_in_one_line(settings, capsys, text, says):
     line = settings_refusal(capsys, settings, settings_file(text))
     assert says in line and line.startswith('c.py')
@@ -175,12 +163,8 @@ def test_help_shows_each_setting_with_default_and_comment_within_100_columns(set
     assert re.search(r'thing.\n\nSettings of script.*\n  --out_dir=out +where checkpoints go\n  --batch', out)
 
 def test_ranges_and_choices_name_the_setting_its_value_and_what_it_must_be():
-    config = {'max_iters': 0, 'optimizer': 'sgd', 'top_p': math.nan}
-    configurator.check(config, 'max_iters', 0, 10)
-    configurator.choose(config, 'optimizer', ['sgd'])
-    with pytest.raises(ValueError, match='max_iters is 0: it must be from 1 to 10'):
-        configurator.check(config, 'max_iters', 1, 10)
-    with pytest.raises(ValueError, match='top_p is nan'):
+    config = {'optimizer': 'sgd', 'top_p': math.nan}
+    with pytest.raises(ValueError, match='top_p is nan: it must be from 0 to 1'):
         configurator.check(config, 'top_p', 0, 1)
     with pytest.raises(ValueError, match="optimizer is 'sgd': it must be one of muon, adamw"):
         configurator.choose(config, 'optimizer', ['muon', 'adamw'])
@@ -209,10 +193,9 @@ def test_a_program_whose_terminal_has_gone_runs_on():
 
 def test_a_question_is_asked_until_the_answer_will_do_and_stops_where_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('many\n0\n\n'))
-    at_least_one = lambda value: configurator.check({'n_layer': value}, 'n_layer', 1, 9)
-    assert configurator.ask('layers', 4, at_least_one) == 4
-    out = capsys.readouterr().out
-    assert 'must be a whole number' in out and 'n_layer is 0' in out
+    check = lambda value: configurator.check({'n_layer': value}, 'n_layer', 1, 9)
+    assert configurator.ask('layers', 4, check) == 4
+    assert re.search('must be a whole number(.|\n)*n_layer is 0', capsys.readouterr().out)
     with pytest.raises(SystemExit, match='2'):
         configurator.ask('layers', 4)
     assert capsys.readouterr().err.startswith('no answer')
@@ -258,8 +241,7 @@ def test_auto_takes_the_best_device_and_only_a_real_dtype(hardware_stub, facts, 
 
 @pytest.mark.parametrize('facts, wish, says', [
     (dict(cuda=2), 'cuda:7', 'cuda:0 or --device=cuda:1 or --device=cpu'), ({}, 'cuda', 'without CUDA'),
-    ({}, 'rocm', 'without ROCm'), (dict(cuda=1), 'rocm', 'cuda:0'), ({}, 'mps', 'MPS'),
-    ({}, 'tpu', 'device=cpu'), ({}, '', 'cpu'),
+    ({}, 'rocm', 'without ROCm'), (dict(cuda=1), 'rocm', 'cuda:0'), ({}, 'tpu', 'cpu'), ({}, '', 'cpu'),
     (dict(mps=1, torch_version='2.12.1'), 'mps', 'needs PyTorch 2.13.*use --device=cpu')])
 def test_a_device_that_is_not_there_is_refused_with_what_is(hardware_stub, facts, wish, says):
     hardware_stub(**facts)
@@ -285,7 +267,7 @@ def test_the_table_and_its_plain_values_agree(hardware_stub):
     facts, text = json.loads(json.dumps(hardware.report())), hardware.table()
     cards = [row for row in facts['table'] if row['backend'] == 'CUDA']
     assert facts['device'] == 'cuda' and len(cards) == text.count('NVIDIA A100-SXM4-40GB MIG 3g.20gb') == 2
-    assert cards[1]['dtypes'] == 'float32 TF32 float16 bfloat16' and cards[1]['memory_gib'] == 2
+    assert cards[1]['dtypes'] == 'float32 float16 bfloat16' and cards[1]['memory_gib'] == 2
     assert all(row.get('reason', '') in text for row in facts['table'])
     assert max(map(len, text.splitlines())) <= 100
     assert text.endswith('train.py would use cuda (the first available) in bfloat16')
@@ -301,10 +283,14 @@ def test_too_old_a_python_or_pytorch_is_named_in_one_line(hardware_stub, monkeyp
 
 @pytest.mark.parametrize('slow, best', [(1, 2), (2, 1)])
 def test_the_number_of_threads_is_the_one_that_is_faster_now(monkeypatch, slow, best):
-    used = [2]
-    monkeypatch.setattr(torch, 'set_num_threads', used.append)
-    work = lambda: time.sleep(0.02 if used[-1] == slow else 0.001)
-    assert hardware.fastest_threads(work, 2) == best and used[-1] == best
+    class Matrix:
+        def __matmul__(self, other):
+            time.sleep(0.02 if torch.get_num_threads() == slow else 0.001)
+    monkeypatch.setattr(torch, 'randn', lambda *shape: Matrix())
+    torch.set_num_threads(2)
+    began = time.perf_counter()
+    assert hardware.pick_threads() == best == torch.get_num_threads()
+    assert time.perf_counter() - began < 1
 
 def test_a_compiler_that_fails_is_one_quiet_line(monkeypatch, capsys):
     def fail(function):
@@ -326,11 +312,10 @@ def test_the_command_answers_each_flag(hardware_stub, monkeypatch, capsys, flag,
 # ----------------------------------------------------------------------------
 # data
 
-WORDS = 'The quick brown fox, 12 of them, didn\'t jump over the lazy dog.\nשלום עולם e\u0301 👩‍👩‍👧 naïve\r\n\t'
+WORDS = 'The quick brown fox, 12 of them, didn\'t jump over the dog.\nשלום עולם e\u0301 👩‍👩‍👧 naïve\r\n\t'
 NASTY = '\ufeff\x1b[2J' + WORDS * 20 + '\0 \x1b[31m <|endoftext|> \u2028 \U0010ffff 中文字'
 NASTY += ' ' * 30 + '\n\n' * 5 + 'end'
-SERVED = WORDS.encode() * 50
-ODD = ''.join(map(chr, [*range(32), *range(127, 161)])) + '\u0301\u05d0\u0627\u200d\u2028\u3000\ufeff\U0010ffff'
+ODD = ''.join(map(chr, [*range(32), *range(127, 161)])) + '\u0301\u0627\u200d\u2028\u3000\ufeff\U0010ffff'
 
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
@@ -380,8 +365,7 @@ def test_bpe_merges_what_a_plain_count_would_merge():
     assert prepare.train_bpe(words, 256 + 9)[256:] == expected
 
 @pytest.mark.parametrize('meta', [
-    None, {}, {'kind': 'char'}, {'kind': 'char', 'chars': ''}, {'kind': 'char', 'chars': 'aa'},
-    {'kind': 'bpe', 'pattern': '(', 'ranks': [], 'special': {}}, {'kind': 'bpe', 'ranks': ['!'], 'special': 3}])
+    None, {}, {'kind': 'char'}, {'kind': 'bpe', 'ranks': ['!']}, {'kind': 'hf', 'json': '{'}])
 def test_a_malformed_tokenizer_is_refused(meta):
     assert 'malformed' in data_refusal(Tokenizer, meta)
 
@@ -391,12 +375,6 @@ def test_the_tokenizer_of_a_checkpoint_or_a_data_set_can_be_taken(data_dir, sour
     torch.save({'tokenizer': meta}, 'out.pt')
     assert data_make('The dog.' * 50, tokenizer=source)[0].meta['tokenizer'] == meta
     assert "does not know the character 'z'" in data_refusal(data_make, 'zoo' * 50, tokenizer=source)
-
-def data_random_text(n, known=None):
-    """Characters of every kind, often odd ones and those that the pattern treats in its own way"""
-    kinds = [ODD, ' \n\t ', "abcXYZ012'!?,.sdmtlvre", [chr(c) for c in range(0xd800)]]
-    text = ''.join(random.choice(random.choice(kinds)) for _ in range(n))
-    return text if known is None else ''.join(c for c in text if c in known)
 
 @pytest.fixture(scope='module', params=['char', 'bpe', 'gpt2'])
 def data_meta(request):
@@ -424,7 +402,10 @@ def test_an_exported_tokenizer_encodes_and_decodes_as_ours(data_meta):
     assert exported.get_vocab_size() == coder.vocab_size == taken.vocab_size - 9
     assert coder.end_of_text == exported.token_to_id('<|endoftext|>')
     exported.encode_special_tokens = True
-    for text in (NASTY, WORDS, ODD, *(data_random_text(40, data_meta.get('chars')) for _ in range(500))):
+    known = data_meta.get('chars') or [chr(c) for c in range(0xd800)]
+    kinds = [ODD, ' \n\t ', [c for c in "abcXYZ012'!?,.sdmtlvre" if c in known], known]
+    texts = [''.join(random.choice(random.choice(kinds)) for _ in range(40)) for _ in range(500)]
+    for text in (NASTY, ODD, *texts):
         ids = coder.encode(text)
         assert exported.encode(text, add_special_tokens=False).ids == ids == taken.encode(text)
         assert exported.decode(ids, skip_special_tokens=False) == text == taken.decode(ids)
@@ -448,28 +429,21 @@ def test_a_script_without_spaces_gets_tokens_for_its_characters(data_dir):
 
 def test_data_are_prepared_with_the_tokenizer_of_a_hugging_face_folder(data_dir, monkeypatch):
     meta = data_hf(prepare.bpe_meta('bpe', prepare.train_bpe(Counter(WORDS.split()), 300)))
-    monkeypatch.setattr(gpt, 'hf_tokenizer', lambda folder: meta, raising=False)
+    monkeypatch.setattr(gpt, 'hf_tokenizer', lambda folder: meta)
     Path('smol').mkdir()
-    Path('smol/tokenizer.json').write_text(meta['json'])
+    Path('smol/tokenizer.json').touch()
     data, coder, ids = data_make(tokenizer='smol')
     assert data.meta['tokenizer'] == meta and coder.decode(ids) == NASTY
     assert sum(data.meta['bytes'].values()) == len(NASTY.encode())
-    meta['json'] = meta['json'][:99]
-    assert 'malformed' in data_refusal(data_make, tokenizer='smol')
-    monkeypatch.setitem(sys.modules, 'tokenizers', None)  # not installed
-    assert 'pip install tokenizers' in data_refusal(data_make, tokenizer='smol')
 
 def test_the_vocabulary_follows_the_text():
     sizes = [prepare.pick_vocab_size(size, ['the', 'dog']) for size in (10**4, 10**6, 10**8, 10**10)]
     assert sizes == sorted(sizes) and 500 < sizes[0] < 1000 and 7000 < sizes[2] < 9000
-    assert prepare.pick_vocab_size(2_600_000, map(chr, range(0x4e00, 0x4e00 + 4163))) > 6000
 
-@pytest.mark.parametrize('content', [
-    b'', b'text', b'PK\x03\x04', b'\x80\x02cos\nsystem\n(S"touch hacked"\ntR.', None])
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'\x80\x02cos\nsystem\n(S"touch hacked"\ntR.'])
 def test_what_is_no_tokenizer_is_refused_and_not_run(data_dir, content):
-    if content is not None:
-        Path('x.pt').write_bytes(content)
-    assert '--tokenizer=x.pt: not auto' in data_refusal(data_make, tokenizer='x.pt')
+    Path('x.pt').write_bytes(content)
+    assert '--tokenizer=x.pt is not auto' in data_refusal(data_make, tokenizer='x.pt')
     assert not Path('hacked').exists()
 
 def test_text_in_pieces_gives_the_same_tokens_as_in_one(data_dir, monkeypatch):
@@ -480,26 +454,23 @@ def test_text_in_pieces_gives_the_same_tokens_as_in_one(data_dir, monkeypatch):
 
 @pytest.mark.parametrize('tokenizer, between', [('bpe', '<|endoftext|>'), ('char', '\n')])
 def test_documents_are_separated(data_dir, tokenizer, between):
-    Path('texts/.git').mkdir(parents=True)
-    files = {'b.txt': b'The dog', 'a.txt': b'A quick fox', 'c.png': b'\0\1', '.git/config': b'no'}
-    for name, data in files.items():
-        Path('texts', name).write_bytes(data)
-    data = load_dataset(prepare.prepare(['texts', 'texts/a.txt'], tokenizer=tokenizer))
+    Path('a.txt').write_text('A quick fox')
+    Path('b.txt').write_text('The dog')
+    data = load_dataset(prepare.prepare(['a.txt', 'b.txt', 'a.txt'], tokenizer=tokenizer))
     decoded = Tokenizer(data.meta['tokenizer']).decode(data_ids(data))
     assert decoded == between.join(['A quick fox', 'The dog', 'A quick fox'])
 
-@pytest.mark.parametrize('source', ['.', 'sub/..'])
-def test_a_folder_is_read_without_hidden_files_data_and_runs(data_dir, capsys, source):
+def test_a_folder_is_read_without_hidden_files_data_and_runs(data_dir, capsys):
     read = ['sub/a.txt', 'sub/output/b.txt']
     for name in (*read, 'data/old/input.txt', 'out-2/log.csv', '.venv/x.txt', '.hidden'):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name)
     Path('sub/c.txt').write_bytes(b'fine' * 99 + b'\xff')
     Path('sub/d.png').write_bytes(b'\0')
-    data = load_dataset(prepare.prepare(source, name='all', tokenizer='char'))
+    data = load_dataset(prepare.prepare('sub/..', name='all', tokenizer='char'))
     assert Tokenizer(data.meta['tokenizer']).decode(data_ids(data)) == '\n'.join(read)
     assert 'skipped 2 that are not UTF-8 text, the first' in capsys.readouterr().out
-    assert len(prepare.find_texts(Path('data/old'))) == len(prepare.find_texts(Path('out-2'))) == 1
+    assert prepare.find_texts(Path('data/old')) == [Path('data/old/input.txt')]
 
 def test_rows_of_a_hugging_face_data_set_are_documents(data_dir, monkeypatch):
     def load(name, split, streaming):
@@ -508,23 +479,28 @@ def test_rows_of_a_hugging_face_data_set_are_documents(data_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load))
     data = load_dataset(prepare.prepare('hf:owner/tales:tale', tokenizer='bpe'))
     assert Tokenizer(data.meta['tokenizer']).decode(data_ids(data)) == 'A quick fox<|endoftext|>The dog'
-    assert data.meta['sources'] == ['hf:owner/tales:tale'] and Path('data/tales/meta.json').exists()
     message = data_refusal(prepare.prepare, 'hf:owner/tales', name='other')
     assert 'hf:owner/tales:COLUMN with one of id, tale' in message
-    monkeypatch.setitem(sys.modules, 'datasets', None)  # not installed
-    assert 'pip install datasets' in data_refusal(prepare.prepare, 'hf:owner/tales:tale', name='other')
+
+def test_a_missing_package_is_named(data_dir, monkeypatch):
+    meta = data_hf({'kind': 'char', 'chars': 'ab'})
+    for package in 'datasets', 'tokenizers':
+        monkeypatch.setitem(sys.modules, package, None)
+    assert 'pip install datasets' in data_refusal(prepare.prepare, 'hf:owner/tales')
+    assert 'pip install tokenizers' in data_refusal(Tokenizer, meta)
 
 @pytest.mark.parametrize('text, expected', [
-    (b'', 'no text'), (b'aaaa' * 99, 'too little'), (b'abc', 'too little'), ('abc'.encode('utf-16'), 'not UTF-8'),
+    (b'', 'too few'), (b'abc', 'too few'), ('abc'.encode('utf-16'), 'not UTF-8'),
     (b'x' * 70 + b'\xff' + b'y' * 70, 'not UTF-8'), (b'x' * 70 + '中'.encode()[:2], 'not UTF-8')])
 def test_a_bad_text_is_refused_and_leaves_nothing(data_dir, monkeypatch, text, expected):
     monkeypatch.setattr(prepare, 'PIECE', 32)
     message = data_refusal(data_make, text)
-    assert expected in message and 'in.txt' in message and not Path('data/in').exists()
+    assert expected in message and 'in.txt' in message and os.listdir('data') == ['.in.lock']
 
-@pytest.mark.parametrize('sources', ['', [''], ['in.txt', ''], []])
-def test_an_empty_name_is_refused(data_dir, sources):
-    assert 'name' in data_refusal(prepare.prepare, sources)
+@pytest.mark.parametrize('source, expected', [
+    ('', 'empty name'), ('.', 'no text'), ('no.txt', 'is not a file')])
+def test_nothing_to_read_is_refused(data_dir, source, expected):
+    assert expected in data_refusal(prepare.prepare, source)
 
 def test_other_sources_do_not_replace_a_data_set_unasked(data_dir):
     data_make('ab' * 200)
@@ -534,15 +510,14 @@ def test_other_sources_do_not_replace_a_data_set_unasked(data_dir):
     prepare.prepare('other.txt', name='in', overwrite=True)
     assert load_dataset('in').meta['sources'] == ['other.txt']
 
-def test_odd_characters_are_reported_and_never_printed_raw(data_dir, capsys):
+def test_what_is_shown_is_narrow_and_never_controls_the_terminal(data_dir, capsys):
     data_make()
     prepare.show_list()
     prepare.show_info('in')
     shown = capsys.readouterr().out
-    assert "in the text, kept: '\\x00\\r\\x1b" in shown and 'python train.py --dataset=in --minutes=5' in shown
-    assert '{' not in shown and max(map(len, shown.split('\n'))) <= 100
-    assert 'quick' in shown and '\x1b' not in shown and '\0' not in shown
-    assert prepare.printable('a\x1b[2J\r\x9b\u202e\ud800\n\t é👩‍👧') == 'a\\x1b[2J\\r\\x9b\\u202e\\ud800\n\t é👩‍👧'
+    assert max(map(len, shown.split('\n'))) <= 100 and '{' not in shown and '\x1b' not in shown
+    assert 'quick' in shown and 'python train.py --dataset=in --minutes=5' in shown
+    assert prepare.printable('a\x1b[2J\r\u202e\ud800\n\t é👩‍👧') == 'a\\x1b[2J\\r\\u202e\\ud800\n\t é👩‍👧'
 
 @pytest.mark.parametrize('name', ['../x', '/tmp/x', '.x', 'a/b', '..', 'a\\b', 'x' * 200])
 def test_a_name_cannot_lead_out_of_data(data_dir, name):
@@ -550,46 +525,38 @@ def test_a_name_cannot_lead_out_of_data(data_dir, name):
     for source in (name, f'http://x/{name}?q'):
         assert re.fullmatch(r'[\w-]+', prepare.make_name(source))
 
-def test_a_text_put_there_by_hand_is_taken_and_kept(data_dir, capsys):
+def test_a_text_put_there_by_hand_is_taken_and_kept(data_dir):
     Path('data/shakespeare').mkdir(parents=True)
     Path('data/shakespeare/input.txt').write_text(WORDS * 9, 'utf-8', newline='')
     for _ in range(2):
-        assert prepare.prepare('shakespeare') == Path('data/shakespeare')
-    assert Path('data/shakespeare/input.txt').exists() and 'not the usual text' in capsys.readouterr().out
+        prepare.prepare('shakespeare')
+        assert load_dataset('shakespeare').meta['characters'] == len(WORDS) * 9
 
-@pytest.mark.parametrize('moment', range(9))
-def test_a_preparation_cut_short_leaves_the_old_data_the_new_or_none(data_dir, moment, monkeypatch):
+@pytest.mark.parametrize('place, name, left', [
+    (prepare, 'make_tokenizer', 'ab'), (os, 'truncate', 'ab'), (os, 'replace', '')])
+def test_a_preparation_cut_short_leaves_the_old_data_or_none(data_dir, monkeypatch, place, name, left):
     data_make('ab' * 200)
-    Path('data/in/input.txt').write_text('mine')
-    calls = itertools.count()
     with monkeypatch.context() as patch, suppress(ZeroDivisionError):
-        places = (os, 'replace'), (os, 'truncate'), (Path, 'unlink'), (Path, 'write_text'), (shutil, 'rmtree')
-        for place, name in places:
-            def counted(*arguments, real=getattr(place, name), **options):
-                return 1 / 0 if next(calls) == moment else real(*arguments, **options)
-            patch.setattr(place, name, counted)
+        patch.setattr(place, name, lambda *_: 1 / 0)
         data_make('cd' * 200)
-    if Path('data/in/meta.json').exists():
-        assert load_dataset('in').meta['tokenizer']['chars'] in ('ab', 'cd')
+    if left:
+        assert load_dataset('in').meta['tokenizer']['chars'] == left
     else:
         assert 'missing' in data_refusal(load_dataset, 'in')
-    assert data_make('ef' * 200)[1].decode([0]) == 'e' and not Path('data/in/new').exists()
-    assert Path('data/in/input.txt').read_text() == 'mine'
+    assert data_make('ef' * 200)[1].decode([0]) == 'e'
 
-def test_of_two_preparations_at_once_one_prepares_and_both_succeed(data_dir):
-    Path('in.txt').write_text(WORDS * 9, 'utf-8')
-    code = ('import sys, time; sys.path.insert(0, sys.argv[1]); import prepare; make = prepare.make_tokenizer;'
-            'prepare.make_tokenizer = lambda *a: time.sleep(1) or open("made", "a").write("x") and make(*a);'
-            'print(prepare.load_dataset(prepare.prepare("in.txt")).meta["characters"])')
-    command = [sys.executable, '-c', code, str(HERE)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        outputs = [run.communicate(timeout=60)[0] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert all(output.endswith(f'{len(WORDS) * 9}\n') for output in outputs)
-    assert Path('made').read_text() in ('x', 'xx')  # xx: the second came when the first was done
+def test_of_two_preparations_at_once_one_prepares_and_both_succeed(data_dir, monkeypatch):
+    Path('in.txt').write_text('ab' * 200)
+    real, made = prepare.fill, []
+
+    def fill(*arguments):
+        made.append(1)
+        time.sleep(0.3)  # the other has begun by now
+        real(*arguments)
+    monkeypatch.setattr(prepare, 'fill', fill)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(prepare.prepare, ['in.txt'] * 2)] == [Path('data/in')] * 2
+    assert len(made) == 1 and load_dataset('in').meta['characters'] == 400
 
 def test_a_run_goes_on_when_its_data_are_deleted(data_dir):
     data, _, ids = data_make()
@@ -598,40 +565,21 @@ def test_a_run_goes_on_when_its_data_are_deleted(data_dir):
 
 @pytest.mark.parametrize('path, change', [
     ('train.bin', lambda b: b[:-2]), ('val.bin', None), ('val.bin', lambda b: b''), ('meta.json', None),
-    ('meta.json', lambda b: b'[' * 5000), ('meta.json', lambda b: b[:40]), ('meta.json', lambda b: b'[]'),
-    ('meta.json', lambda b: b.replace(b'"vocab_size": 2', b'"vocab_size": 3'))])
+    ('meta.json', lambda b: b[:40])])
 def test_a_damaged_data_set_is_refused_with_the_command_that_mends_it(data_dir, path, change):
     data_make('ab' * 200)
     file = Path('data/in', path)
     file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     message = data_refusal(load_dataset, 'in')
-    assert 'data/in is missing or damaged' in message and 'run "python prepare.py TEXT.txt --name=in"' in message
-
-def test_ctrl_c_while_torch_is_imported_ends_prepare_without_a_word(data_dir):
-    Path('torch.py').write_text('import time; print("now", flush=True); time.sleep(60)')
-    command = [sys.executable, HERE / 'prepare.py', 'pydoc']
-    environment = {**os.environ, 'PYTHONPATH': str(data_dir)}
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.communicate(timeout=20) == (b'', b'') and process.returncode == 130
-        finally:
-            process.kill()
-
-def test_a_closed_stdout_is_no_reason_to_fail(data_dir):
-    Path('in.txt').write_text(WORDS, 'utf-8')
-    command = f'exec "{sys.executable}" "{HERE / "prepare.py"}" in.txt >&-'
-    result = subprocess.run(['sh', '-c', command], stderr=subprocess.PIPE, timeout=60)
-    assert (result.returncode, result.stderr) == (0, b'') and Path('data/in/meta.json').exists()
+    assert 'data/in is missing or damaged' in message and '"python prepare.py TEXT.txt --name=in"' in message
 
 def test_an_epoch_reads_every_window_once_and_the_next_one_another_way():
     starts = prepare.window_starts(0, 2 * 9, 1000, 100, seed=1)  # 9 windows an epoch
     for epoch in (starts[:9], starts[9:]):
-        assert np.array_equal(np.diff(np.sort(epoch)), [100] * 8) and 0 <= epoch.min() and epoch.max() + 101 <= 1000
-    assert not np.array_equal(starts[:9], starts[9:]) and not np.array_equal(starts[:9], np.sort(starts[:9]))
-    assert len({int(prepare.window_starts(9 * e, 9, 1000, 100, seed=1).min()) for e in range(20)}) > 10  # offsets
+        assert np.array_equal(np.diff(np.sort(epoch)), [100] * 8)
+        assert 0 <= epoch.min() and epoch.max() + 101 <= 1000
+    assert not np.array_equal(starts[:9] - starts[:9].min(), starts[9:] - starts[9:].min())
+    assert len({int(prepare.window_starts(9 * e, 9, 1000, 100, seed=1).min()) for e in range(20)}) > 10
 
 def test_the_windows_of_a_step_do_not_depend_on_who_asks():
     whole = prepare.window_starts(16, 16, 1000, 100, seed=1)
@@ -644,9 +592,10 @@ def test_batches_are_the_windows_with_targets_one_further(data_dir):
     tokens = data_make(WORDS * 30)[0].train
     for i, (x, y) in enumerate(itertools.islice(prepare.batches(tokens, 6, 3, 12, 16, 1, 'cpu'), 5)):
         expected = tokens.read(prepare.window_starts(6 + 12 * i, 3, len(tokens), 16, 1), 17)
-        assert x.dtype == torch.int64 and np.array_equal(x, expected[:, :-1]) and np.array_equal(y, expected[:, 1:])
+        assert x.dtype == torch.int64
+        assert np.array_equal(x, expected[:, :-1]) and np.array_equal(y, expected[:, 1:])
 
-@pytest.mark.parametrize('n, block_size, rows', [(401, 16, 4), (400, 16, 4), (17, 16, 4), (5, 16, 3), (2, 1, 1)])
+@pytest.mark.parametrize('n, block_size, rows', [(401, 16, 4), (400, 16, 4), (17, 16, 4), (5, 16, 3)])
 def test_validation_predicts_every_token_after_the_first_once(data_dir, n, block_size, rows):
     np.arange(n, dtype='<u2').tofile('val.bin')
     tokens = prepare.Tokens(Path('val.bin'), np.dtype('<u2'))
@@ -656,58 +605,31 @@ def test_validation_predicts_every_token_after_the_first_once(data_dir, n, block
     assert len(list(prepare.val_batches(tokens, block_size, rows, 2))) <= 2
 
 @pytest.fixture
-def data_server(data_dir):
-    """-> (address, replies): each request runs the next of `replies`, the last of them for ever."""
-    replies = []
+def data_server(data_dir, monkeypatch):
+    """What the server answers, in turn: (status, text)"""
+    answers = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            with suppress(OSError):  # the other side has heard enough
-                (replies.pop(0) if len(replies) > 1 else replies[0])(self)
+    def get(url, **options):
+        reply = requests.Response()
+        reply.status_code, text = answers.pop(0)
+        reply.raw = io.BytesIO(text)
+        return reply
+    monkeypatch.setattr(requests, 'get', get)
+    return answers
 
-        def log_message(self, *_):
-            pass
-    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        yield f'http://127.0.0.1:{httpd.server_port}/a.txt', replies
-        httpd.shutdown()
+def test_a_url_is_read_after_errors_and_kept(data_server):
+    data_server += [(500, b''), (503, b''), (200, WORDS.encode())]
+    for tokenizer in 'char', 'bpe':
+        data = load_dataset(prepare.prepare('https://a/words.txt?raw', tokenizer=tokenizer))
+        assert data.meta['characters'] == len(WORDS) and not data_server
 
-def data_reply(status=200, body=SERVED, length=None, **headers):
-    def send(request):
-        request.send_response(status)
-        for key, value in ({'Content-Length': length or len(body)} | headers).items():
-            request.send_header(key, value)
-        request.end_headers()
-        request.wfile.write(body)
-    return send
-
-def test_a_download_survives_errors_and_a_cut_connection(data_server):
-    url, replies = data_server
-    replies += [data_reply(500, b''), data_reply(body=SERVED[:900], length=len(SERVED)), data_reply()]
-    prepare.download(url, Path('a.txt'), Path('part'))
-    assert Path('a.txt').read_bytes() == SERVED and os.listdir() == ['a.txt']
-
-@pytest.mark.parametrize('error, reply, expected', [
-    (ConnectionError, data_reply(404, b''), '404'), (ConnectionError, data_reply(503, b''), '503'),
-    (ConnectionError, data_reply(body=b'', length=99), 'cannot be downloaded'),
-    (ValueError, data_reply(body=b'wrong'), 'another text'), (ValueError, data_reply(body=SERVED * 30), 'limit'),
-    (ValueError, data_reply(302, b'', Location='file:///etc/passwd'), 'file:///etc/passwd')])
-def test_a_bad_server_leaves_no_file(data_server, monkeypatch, error, reply, expected):
-    monkeypatch.setattr(prepare, 'DOWNLOAD_LIMIT', 50_000)
-    data_server[1].append(reply)
+@pytest.mark.parametrize('answer, error, expected', [
+    ((404, b''), ConnectionError, '404'), ((200, b'another text'), ValueError, 'different')])
+def test_a_bad_server_leaves_no_file(data_server, answer, error, expected):
+    data_server += [answer] * 3
     with pytest.raises(error, match=expected):
-        prepare.download(data_server[0], Path('a.txt'), Path('part'), '0' * 64)
-    assert not Path('a.txt').exists()
-
-def test_no_redirect_leads_from_https_to_http(data_server, monkeypatch):
-    def send(_, request, **options):
-        answer = requests.Response()
-        answer.url, answer.request, answer.raw = request.url, request, io.BytesIO()
-        answer.status_code, answer.headers['location'] = 302, data_server[0]
-        return answer
-    monkeypatch.setattr(requests.adapters.HTTPAdapter, 'send', send)
-    assert data_server[0] in data_refusal(prepare.download, 'https://a/b', Path('a.txt'), Path('part'))
-
+        prepare.prepare('shakespeare')
+    assert os.listdir('data') == ['.shakespeare.lock']
 # ----------------------------------------------------------------------------
 # model
 
@@ -1499,7 +1421,7 @@ def test_three_runs_started_at_once_in_a_fresh_clone_share_one_preparation(place
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0, 0]
     assert [update_of(f'{name}/ckpt.pt') for name in names] == [1, 1, 1]
-    assert sum('tokenizer char, a vocabulary' in Path(f'said-{name}').read_text() for name in names) == 1
+    assert sum('char tokenizer, vocabulary' in Path(f'said-{name}').read_text() for name in names) == 1
 
 @pytest.mark.parametrize('spoil, says', [
     (lambda loss: loss * math.nan, 'loss nan'),
@@ -1522,7 +1444,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(call, place, mo
     call('train.py', *flags, '--out_dir=whole')
     patch_training(monkeypatch, limited)
     out, _ = call('train.py', *flags)
-    assert re.search('out of memory.* 2 sequences.* 4 ', out)
+    assert re.search('out of memory.* 4 micro-batches of 2 sequences', out)
     whole, halved = (column(place / name, 'train_loss') for name in ('whole', 'out'))
     assert halved == pytest.approx(whole, rel=1e-4)  # float32 sums in another order, over six updates
     rows = 0
@@ -1603,7 +1525,7 @@ REFUSALS = [
     ('train.py tiny.py --dataset=nothing', 'python prepare.py'), ('train.py --interactive', 'no answer'),
     ('train.py --resume', 'all of its 40 updates'), ('train.py --resume --out_dir=nothing', 'no checkpoint'),
     ('train.py --resume --qk_norm=false', 'qk_norm'), ('train.py --resume --n_layer=3', 'n_layer is 2'),
-    ('train.py --resume --optimizer=adamw', 'is muon'), ('train.py --resume --dataset=more', 'sha256'),
+    ('train.py --resume --optimizer=adamw', 'another optimizer'), ('train.py --resume --dataset=more', 'sha256'),
     ('train.py --resume --dataset=words', 'different tokenizers'),
     ('sample.py --out_dir=nothing', 'no checkpoint'), ('sample.py --temperature=-1', 'temperature is -1'),
     ('sample.py --start=FILE:nothing', 'nothing'), ('bench.py --updates=0', 'updates'),
@@ -2017,7 +1939,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(call, place):
     state = load_checkpoint('out/best.pt')
     state['tokenizer']['chars'] += 'é'
     save_checkpoint('odd.pt', state)
-    assert 'ids, the model' in call('sample.py', '--out_dir=odd.pt', status=2)[1]
+    assert '34 ids, its model 33' in call('sample.py', '--out_dir=odd.pt', status=2)[1]
 
 @pytest.mark.parametrize('flag', ['--top_p=0', '--num_samples=0', '--dtype=int8', '--device=tpu'])
 def test_a_setting_out_of_range_is_one_line(call, flag):
@@ -2187,7 +2109,8 @@ def test_the_file_for_llama_cpp_holds_the_model_and_spells_every_character(expor
     model = tiny(vocab_size=51, qk_norm=qk_norm)
     file = gguf.GGUFReader(exported(model, f'--dtype={dtype}') + '/model.gguf')
     tensors = {tensor.name: tensor for tensor in file.tensors}
-    rows = torch.from_numpy(gguf.quants.dequantize(tensors['blk.1.attn_q.weight'].data, tensors['blk.1.attn_q.weight'].tensor_type))
+    stored = tensors['blk.1.attn_q.weight']
+    rows = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
     if not qk_norm:  # RoPE turns neighbours in the family llama
         rows = rows.unflatten(0, (4, 4, 2)).transpose(1, 2).flatten(0, 2)
     assert torch.equal(rows, model.blocks[1].attention.qkv.weight[:32].to(getattr(torch, dtype)).float())

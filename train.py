@@ -41,7 +41,7 @@ from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, loa
                    presets, save_checkpoint)
 
 # ----------------------------------------------------------------------------
-# settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig in model.py
+# settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
 resume = False  # continue from out_dir/ckpt.pt with its settings, which config files and flags may change
@@ -56,7 +56,7 @@ status = False  # print what is installed, prepared and trained here, and exit
 dataset = 'shakespeare'  # folder in data/, made by prepare.py
 offline_dataset = ''  # the data set to use, with a message, where dataset can't be downloaded; '': stop instead
 batch_size = 16  # sequences in a micro-batch, on each process
-tokens_per_update = 0  # tokens in one update, over all processes and micro-batches; 0: one micro-batch a process
+tokens_per_update = 0  # tokens in an update, of all processes together; 0: one micro-batch a process
 # model
 model_preset = 'tiny'  # tiny, small, medium or large (10M to 350M parameters): defaults of the model's settings
 vocab_size = 0  # distinct tokens; 0: as many as the data set's tokenizer has
@@ -234,7 +234,7 @@ with plain_errors():
             device = 'cpu'
         if device in ('cuda', 'xpu'):
             device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
-        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.13 would change and 2.9 does not have
+        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.9 does not have
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
     if ':' in device:
         torch.get_device_module(device).set_device(device)
@@ -322,7 +322,7 @@ with plain_errors():
         if 'optimizer' not in saved:
             raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {anew}')
         if saved['config'].get('optimizer') != optimizer:
-            raise ValueError(f'optimizer is {saved["config"].get("optimizer")} in {source} and cannot change: {anew}')
+            raise ValueError(f'{source} was made by another optimizer: {anew}')
         if saved['dataset_sha256'] != text_id:
             raise ValueError(f'data/{dataset} is not what {source} was trained on (another sha256): {anew}')
     if gpt_config.vocab_size < data.meta['vocab_size']:
@@ -330,13 +330,13 @@ with plain_errors():
     block_size = gpt_config.block_size
     for split, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= block_size:
-            raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs {block_size + 1}: '
-                             'lower block_size or give more text')
+            raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs '
+                             f'{block_size + 1}: lower block_size or give more text')
     with torch.device('meta'):  # weights, gradients, and Muon's momentum; AdamW takes a third more
         least, memory = 12 * GPT(gpt_config).n_params() / 2**30, hardware.describe(device)['memory_gib']
     if 0 < memory < least:
-        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has {memory}: '
-                         'choose a smaller model')
+        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has '
+                         f'{memory}: choose a smaller model')
     torch.manual_seed(seed)
     model = load_model({**saved, 'model_config': asdict(gpt_config)}) if saved else GPT(gpt_config)
 model.to(device)
@@ -359,8 +359,8 @@ tokens_per_update = tokens_per_update or micro_tokens
 n_micro = tokens_per_update // micro_tokens
 if tokens_per_update % micro_tokens:
     near = max(1, n_micro) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size {batch_size} x '
-         f'block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
+    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size {batch_size} '
+         f'x block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
 # batches, and what to do where memory, disk or data give out
@@ -373,15 +373,20 @@ def training_batches():
 
 def out_of_memory(error):
     """Whether it says so, in whatever words the device has for it."""
-    return bool(re.search("MemoryError|out of memory|can't allocate|ALLOC_FAILED", f'{type(error).__name__}: {error}'))
+    words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED"
+    return bool(re.search(words, f'{type(error).__name__}: {error}'))
 
 def halve_the_batch():
     """After out of memory: smaller micro-batches, more of them, for the same update."""
     global n_micro, batch_size
     smaller = batch_size // 2 if batch_size % 2 == 0 else 1
     n_micro, batch_size = n_micro * batch_size // smaller, smaller
-    say(f'out of memory: micro-batches of {batch_size} sequences from here, {n_micro} of them to the same update')
+    say(f'out of memory: from here {n_micro} micro-batches of {batch_size} sequences make the same update')
     optimizer.zero_grad(set_to_none=True)
+
+def what_is_left():
+    """The checkpoint that a run which ends by an error leaves."""
+    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
 
 @contextlib.contextmanager
 def last_words():
@@ -389,14 +394,14 @@ def last_words():
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
-        left = f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
         if isinstance(error, OSError):
-            stop(f'{error.filename}: {error.strerror}; {left}' if error.filename else f'{error}; {left}')
+            stop(f'{error.filename}: {error.strerror}; {what_is_left()}' if error.filename else
+                 f'{error}; {what_is_left()}')
         if not out_of_memory(error):
             raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {left}. Weights, '
-             f'gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, block_size or model, '
-             'or --gradient_checkpointing')
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. '
+             f'Weights, gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, '
+             'block_size or model, or --gradient_checkpointing')
 
 # ----------------------------------------------------------------------------
 # how many updates, compiled or not: by a few real updates
@@ -464,28 +469,28 @@ if not peak:
 # what is in force
 
 c = gpt_config
-factors = [(n_micro, 'micro-batches'), (world_size, 'processes'), (batch_size, 'sequences'), (block_size, 'tokens')]
-product = ' x '.join(f'{n} {name}' for n, name in factors if n > 1)
+factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch_size, 'tokens': block_size}
+product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
 epochs = max_iters * tokens_per_update / len(data.train)
 engine = 'compiled' if compile == 'true' else f'not compiled ({problem})' if problem else 'not compiled'
 say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
 say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):,} for validation; '
     f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
-say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query heads, '
-    f'{c.n_kv_head} for keys and values, context {block_size}')
+say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query '
+    f'heads, {c.n_kv_head} for keys and values, context {block_size}')
 say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.1f} times')
-say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is good,')
-say('        below 10 % the model is too small for the device, or something holds it up')
+say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is')
+say('        good, below 10 % the model is too small for the device, or something holds it up')
 if resume or init_from:
     say(f'start   from {source}, update {step}')
 else:
     say(f'start   guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f} nats a token')
 if epochs > 20:
-    say(f'note    reading a text {epochs:.0f} times is likely to learn it by heart: fewer max_iters, or --patience=3')
+    say(f'note    reading a text {epochs:.0f} times may learn it by heart: fewer max_iters, or --patience=3')
 if device == 'cpu' and seconds * (max_iters - step) > 3600:
-    say(f'note    this takes about {clock(seconds * (max_iters - step))}: --minutes=10 chooses a run of ten minutes')
+    say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run of ten')
 if compile == 'true':
-    torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs eagerly, with torch's warning
+    torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs, with torch's warning
     model = torch.compile(model)
 if world_size > 1:
     model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None,
@@ -514,7 +519,8 @@ def evaluate():
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
     rows = max(2 * config['batch_size'], 4096 // block_size)
     fit = max(2 * batch_size, 4096 // block_size)  # less memory than an update of micro-batches of batch_size
-    for batch in itertools.islice(prepare.val_batches(data.val, block_size, rows, eval_iters), rank, None, world_size):
+    every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
+    for batch in itertools.islice(every_batch, rank, None, world_size):
         for x, y in zip(*(part.split(fit) for part in batch)):
             with hardware.autocast(device, dtype):
                 loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
@@ -533,9 +539,10 @@ def bits_per_byte(loss):
 def state(**more):
     """A checkpoint, with `more` in it."""
     return dict(
-        model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config, tokenizer=data.meta['tokenizer'],
-        dataset_sha256=text_id, iter_num=step, tokens_seen=tokens_seen, elapsed=elapsed + time.time() - began,
-        val_loss=val_loss, best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more,
+        model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config,
+        tokenizer=data.meta['tokenizer'], dataset_sha256=text_id, iter_num=step, tokens_seen=tokens_seen,
+        elapsed=elapsed + time.time() - began, val_loss=val_loss, best_val_loss=best_val_loss,
+        best_step=best_step, scaler=scaler.state_dict(), **more,
     )
 
 def signalled():
@@ -557,15 +564,15 @@ def read_recent():
     recent.clear()
     for at, (loss, norm) in enumerate(numbers.tolist(), first):
         # float16's scaler meets infinite norms while it looks for its scale; below 1 it has not found one
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()) or scaler.get_scale() < 1:
+        good_norm = math.isfinite(norm) or scaler.is_enabled()
+        if not math.isfinite(loss) or not good_norm or scaler.get_scale() < 1:
             not_finite(at, f'loss {loss}, gradient norm {norm}')
     return numbers[:, 0].mean().item(), numbers[-1, 1].item()
 
 def not_finite(at, what):
     if not master:
         sys.exit(1)
-    left = f'{ckpt_path} is from before it' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {left}. '
+    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
 def write_log(row, lasting):
@@ -602,8 +609,8 @@ def plot():
     for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
         points = [(row['elapsed_s'], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
-    axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=f'{dataset}, {raw_model.n_params() / 1e6:.2f}M '
-             f'parameters: {best_val_loss:.4f} at update {best_step}')
+    title = f'{dataset}, {raw_model.n_params() / 1e6:.2f}M parameters: {best_val_loss:.4f} at update {best_step}'
+    axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
     axes.legend()
     try:
         figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
@@ -700,7 +707,8 @@ with last_words():
             group['lr'] = group['peak_lr'] * scale
 
         # accumulate the gradients of one update
-        torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # dropout depends on the update alone, not on what came before
+        # dropout depends on the update alone, not on what came before
+        torch.manual_seed(seed + 1000003 * (step + 1) + rank)
         try:
             loss = torch.zeros((), device=device)
             for micro in range(n_micro):
@@ -743,12 +751,12 @@ with last_words():
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
         since = elapsed + time.time() - began
         row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
-        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
-            f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
-            f'{clock((max_iters - step) * seconds)} left', flush=True)
+        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  '
+            f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+            f'{clock((max_iters - step) * seconds)} left')
         if device == 'cpu' and seconds > 3 * fastest:
-            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses the cores; '
-                'if it goes on, Ctrl-C and then --resume --threads=1')
+            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses the '
+                'cores; if it goes on, Ctrl-C and then --resume --threads=1')
         fastest = min(fastest, seconds) if seconds < 3 * fastest else math.inf  # say it once
         if dry_run and step - first_step >= 2 * log_interval:
             break
@@ -764,8 +772,8 @@ with last_words():
             if better:
                 best_val_loss, best_step = val_loss, step
             else:
-                rising = f'; not better since update {best_step}: its {best_val_loss:.4f} is kept in {best_path}'
-            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}', flush=True)
+                rising = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
+            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}')
             stopped_early = 0 < patience <= (step - best_step) // eval_interval
         if writing:
             write_log(row, lasting=evaluating or interrupted)
@@ -785,15 +793,16 @@ with last_words():
 where = f' --out_dir={out_dir}' if out_dir != 'out' else ''
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
-    say(f'dry run: {max_iters - first_step} updates would take about {clock((max_iters - first_step) * seconds)}, '
-        f'evaluation aside; {memory}; nothing was written')
+    whole_run = clock((max_iters - first_step) * seconds)
+    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; '
+        'nothing was written')
 elif interrupted:
     say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{where}')
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
-    say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is {best_val_loss:.4f}, '
-        f'of update {best_step}: {best_path}')
+    say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is '
+        f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
     say(f'next    python sample.py{where} --start="{"ROMEO:" if dataset == "shakespeare" else "The "}"')
