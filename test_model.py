@@ -1421,7 +1421,7 @@ def test_three_runs_started_at_once_in_a_fresh_clone_share_one_preparation(place
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0, 0]
     assert [update_of(f'{name}/ckpt.pt') for name in names] == [1, 1, 1]
-    assert sum('char tokenizer, vocabulary' in Path(f'said-{name}').read_text() for name in names) == 1
+    assert sum('char tokenizer, vocabulary of' in Path(f'said-{name}').read_text() for name in names) == 1
 
 @pytest.mark.parametrize('spoil, says', [
     (lambda loss: loss * math.nan, 'loss nan'),
