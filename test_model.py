@@ -51,6 +51,13 @@ from prepare import Tokenizer, load_dataset
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope='session', autouse=True)
+def signals_arrive():
+    """Also where pytest itself runs in the background of a shell script, which ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, 'SIGHUP'):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """Each test starts from one seed, ends pytest after two minutes, and leaves torch's settings as they were."""
