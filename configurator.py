@@ -177,7 +177,7 @@ def configure(*sources, argv=None, saved={}):
         elif isinstance(settings[name], bool):
             flags[name] = True
         else:
-            raise ValueError(f'{argument} needs a value: write {argument}=VALUE')
+            raise ValueError(f'{argument} needs a value: write {argument}=VALUE, with an equals sign')
     collects = next((name for name, value in settings.items() if isinstance(value, list)), None)
     if collects:
         return {**settings, collects: settings[collects] + plain, **flags}

@@ -504,6 +504,9 @@ def load_dataset(name):
     """A name in data/, or a folder -> its meta, train and val. ValueError for whatever is missing or wrong"""
     folder = Path(name) if os.path.isdir(name) and not (DATA / name).exists() else DATA / name
     typed = folder.name if folder.name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
+    if not (folder / 'meta.json').exists():
+        there = ', '.join(sorted(path.parent.name for path in DATA.glob('[!.]*/meta.json'))) or 'none'
+        raise ValueError(f'{folder} is missing (prepared: {there}): run "python prepare.py {typed}"')
     try:
         meta = json.loads((folder / 'meta.json').read_text('utf-8'))
         coder = Tokenizer(meta['tokenizer'])
@@ -511,7 +514,7 @@ def load_dataset(name):
         if {'train': len(train), 'val': len(val)} != meta['tokens'] or coder.vocab_size != meta['vocab_size']:
             raise ValueError('its files do not fit together')
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{folder} is missing or damaged ({error}): '
+        raise ValueError(f'{folder} is damaged ({error}): '
                          f'run "python prepare.py {typed}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
 

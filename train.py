@@ -20,6 +20,7 @@ import glob
 import itertools
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,10 +117,13 @@ def show_status():
         try:
             run = load_checkpoint(path)
             wanted = run['config'].get('max_iters', 0)
+            loss = f'best validation loss {run["best_val_loss"]:.4f}'
+            if run['best_val_loss'] == math.inf:
+                loss = 'not evaluated yet'
             print(f'run in {folder}: {run["config"].get("dataset")}, update {run["iter_num"]} of {wanted}, '
-                  f'best validation loss {run["best_val_loss"]:.4f}, saved {saved}')
+                  f'{loss}, saved {saved}')
             script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
-            command = f'python {script} --out_dir={folder}'
+            command = f'python {script} --out_dir={shlex.quote(folder)}'
         except (ValueError, TypeError) as error:
             print(f'run in {folder}: {error}')
     print(f'next: {command}')
@@ -134,6 +138,10 @@ def interview():
     def at_least_one(number):
         if number < 1:
             raise ValueError('at least 1')
+
+    def not_negative(number):
+        if number < 0:
+            raise ValueError('0 or more')
 
     def fits_heads(n_embd):
         GPTConfig(n_head=chosen['n_head'], n_embd=n_embd)
@@ -150,7 +158,8 @@ def interview():
     chosen = {'device': ask('device', hardware.pick_device(), hardware.pick_device)}
     answer = ask(f'data set ({", ".join(dict.fromkeys(known))}) or the path of a text', known[0], prepared)
     chosen['dataset'] = answer if answer in data_sets() else prepare.make_name(answer)
-    chosen['minutes'] = ask('minutes (0: choose the size of the model and the length of the run yourself)', 5.0)
+    chosen['minutes'] = ask('minutes (0: choose the size of the model and the length of the run yourself)', 5.0,
+                            not_negative)
     if not chosen['minutes']:
         chosen['n_layer'] = ask('layers', 4, at_least_one)
         chosen['n_head'] = ask('heads', 4, at_least_one)
@@ -158,13 +167,14 @@ def interview():
         chosen['n_embd'] = ask('width', 48 * chosen['n_head'], fits_heads)
         chosen['max_iters'] = ask('updates', 1000, at_least_one)
     path = path_of(ask('name of the run', chosen['dataset'], is_new))
+    chosen['out_dir'] = os.path.basename(path).removesuffix('.py').replace('my_', 'out-', 1)
     os.makedirs('config', exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(f'# python train.py {path}; all settings: python train.py --help\n')
         file.writelines(f'{name} = {value!r}\n' for name, value in chosen.items())
     print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
     failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
-    if failed or not ask('\nstart it', True):
+    if failed or not ask('\nstart it now', True):
         print(f'later: python train.py {path}')
         sys.exit(failed)
     os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
@@ -175,7 +185,7 @@ def interview():
 set_up_output()
 if problem := hardware.version_problem():
     stop(problem)
-config = configure(GPTConfig, __file__)
+config = configure(GPTConfig, __file__, saved={**presets['tiny'], 'vocab_size': 0})
 for asked, answer in (('show_hardware', lambda: print(hardware.table())), ('status', show_status),
                       ('interactive', interview)):
     if config[asked]:
@@ -349,7 +359,7 @@ if resume:
     step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
     val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
     if step >= max_iters and not eval_only:
-        stop(f'{source} has made all of its {step} updates: --max_iters=N goes on to N')
+        stop(f'{source} has made {step} updates, all of max_iters {max_iters}: --max_iters=N goes on to N')
     if 0 < patience <= (step - best_step) // eval_interval and not eval_only:
         stop(f'{source} stopped at update {step}, out of patience: --patience=0 goes on')
 
@@ -442,10 +452,10 @@ if minutes and not saved:
     left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
     if max_iters == dial['max_iters']:  # not given by a flag or a config file
         max_iters = max(1, int(left / seconds))
-    if eval_interval == dial['eval_interval']:  # ten evaluations at most, two minutes apart at least
-        eval_interval = min(max_iters, max(max_iters // 10, int(120 / seconds)))
+    if eval_interval == dial['eval_interval']:  # ten evaluations at most, half a minute apart at least
+        eval_interval = min(max_iters, max(max_iters // 10, int(30 / seconds)))
     flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
-    say(f'minutes {minutes:g} of them are this run: python train.py --dataset={dataset} {flags}')
+    say(f'plan    for {minutes:g} minutes, the same as: python train.py --dataset={dataset} {flags}')
 if resume:
     with plain_errors():
         load_optimizer(optimizer, saved['optimizer'])
@@ -478,7 +488,7 @@ say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):
     f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
 say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query '
     f'heads, {c.n_kv_head} for keys and values, context {block_size}')
-say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.1f} times')
+say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.2g} times')
 say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is')
 say('        good, below 10 % the model is too small for the device, or something holds it up')
 if resume or init_from:
@@ -790,7 +800,7 @@ with last_words():
 # ----------------------------------------------------------------------------
 # the end
 
-where = f' --out_dir={out_dir}' if out_dir != 'out' else ''
+where = f' --out_dir={shlex.quote(out_dir)}' if out_dir != 'out' else ''
 memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
 if dry_run:
     whole_run = clock((max_iters - first_step) * seconds)
@@ -803,9 +813,13 @@ else:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
     say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is '
         f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
+    if val_loss > train_loss + 1:
+        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the text by '
+            'heart; more text, fewer updates or --dropout=0.2 help')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
-    say(f'next    python sample.py{where} --start="{"ROMEO:" if dataset == "shakespeare" else "The "}"')
+    prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
+    say(f'next    python sample.py{where}{prompt}')
 if world_size > 1:
     model = batches = None  # what still holds the group when Python ends aborts now and then
     gc.unfreeze()
