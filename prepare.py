@@ -308,7 +308,7 @@ def find_parts(source, folder, new):
 
 def find_texts(folder):
     """The text files in a folder and below: no hidden ones and, in the current folder, no data/ or out*/."""
-    texts, skipped = [], []
+    texts, skipped, binary = [], [], 0
     for path in sorted(folder.rglob('*')):
         parts = path.relative_to(folder).parts
         if not path.is_file() or any(part.startswith('.') for part in parts):
@@ -316,12 +316,17 @@ def find_texts(folder):
         if len(parts) > 1 and (parts[0] == DATA.name or parts[0].startswith('out')) and folder.samefile('.'):
             continue
         try:
-            is_text = not any('\0' in text for text in read_text(path))
+            with open(path, 'rb') as file:
+                if b'\0' in file.read(4096):
+                    binary += 1
+                    continue
+            for _ in read_text(path):
+                pass
+            texts.append(path)
         except ValueError:
-            is_text = False
-        (texts if is_text else skipped).append(path)
-    note = f'; skipped {len(skipped):,} that are not UTF-8 text, the first {skipped[0]}' if skipped else ''
-    print(printable(f'{folder}: {len(texts):,} text files{note}'))
+            skipped.append(path)
+    note = f'; skipped {len(skipped):,} that are not UTF-8, the first {skipped[0]}' if skipped else ''
+    print(printable(f'{folder}: {len(texts):,} text files, {binary:,} binary files left out{note}'))
     if not texts:
         raise ValueError(f'{folder}: there is no text in it')
     return texts

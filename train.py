@@ -375,6 +375,11 @@ if tokens_per_update % micro_tokens:
 # ----------------------------------------------------------------------------
 # batches, and what to do where memory, disk or data give out
 
+def alive(text):
+    """On a terminal, a line that the next one replaces: that the program lives."""
+    if master and sys.stdout.isatty():
+        print(f'{text}\r', end='', flush=True)
+
 def training_batches():
     """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an
     update takes the next tokens_per_update / block_size of them, whichever way they are shared out."""
@@ -500,6 +505,7 @@ if epochs > 20:
 if device == 'cpu' and seconds * (max_iters - step) > 3600:
     say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run of ten')
 if compile == 'true':
+    alive('compiling: a minute or so ...')
     torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs, with torch's warning
     model = torch.compile(model)
 if world_size > 1:
@@ -599,11 +605,6 @@ def print_sample():
     prompt = next(prepare.val_batches(data.val, 16, 1))[0]
     ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
     print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
-
-def alive(text):
-    """On a terminal, a line that the next one replaces: that the program lives."""
-    if master and sys.stdout.isatty():
-        print(f'{text}\r', end='', flush=True)
 
 def plot():
     """out_dir/loss.png from log.csv, where there is matplotlib."""

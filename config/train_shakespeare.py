@@ -1,4 +1,4 @@
-# A character-level model of Shakespeare in one to three minutes on two CPU cores, seconds to a minute on a GPU:
+# A character-level model of Shakespeare in about two minutes on two CPU cores, seconds to a minute on a GPU:
 #     python train.py config/train_shakespeare.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
@@ -7,12 +7,12 @@ n_layer = 4
 n_head = 3
 n_kv_head = 1
 n_embd = 192
-block_size = 128
+block_size = 256
 batch_size = 8
 
-max_iters = 1600
+max_iters = 1000
 warmup_iters = 10
 lr_schedule = 'linear'
 weight_decay = 0.0
-eval_interval = 800
+eval_interval = 500
 eval_iters = 0
