@@ -476,7 +476,7 @@ def test_a_folder_is_read_without_hidden_files_data_and_runs(data_dir, capsys):
     Path('sub/d.png').write_bytes(b'\0')
     data = load_dataset(prepare.prepare('sub/..', name='all', tokenizer='char'))
     assert Tokenizer(data.meta['tokenizer']).decode(data_ids(data)) == '\n'.join(read)
-    assert 'skipped 2 that are not UTF-8 text, the first' in capsys.readouterr().out
+    assert '1 binary files left out; skipped 1 that are not UTF-8, the first' in capsys.readouterr().out
     assert prepare.find_texts(Path('data/old')) == [Path('data/old/input.txt')]
 
 def test_rows_of_a_hugging_face_data_set_are_documents(data_dir, monkeypatch):
