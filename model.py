@@ -71,8 +71,8 @@ class GPTConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f'{name} is {getattr(self, name)}: it must be above 0')
         if max(self.hidden_dim, self.n_head * self.head_dim) >= 2**24:
-            raise ValueError(f'hidden_dim {self.hidden_dim} and n_head * head_dim {self.n_head * self.head_dim} '
-                             'must be below 2^24')
+            raise ValueError(f'hidden_dim {self.hidden_dim} and n_head * head_dim '
+                             f'{self.n_head * self.head_dim} must be below 2^24')
 
     @property
     def hidden_dim(self):
@@ -538,8 +538,8 @@ def load_optimizer(optimizer, state):
 # Checkpoints: dicts of tensors and plain values, which torch.load reads without running anything
 
 FIELDS = dict(
-    model=dict, model_config=dict, config=dict, tokenizer=dict, dataset_sha256=str, iter_num=int, tokens_seen=int,
-    elapsed=float, val_loss=float, best_val_loss=float, best_step=int, scaler=dict,
+    model=dict, model_config=dict, config=dict, tokenizer=dict, dataset_sha256=str, iter_num=int,
+    tokens_seen=int, elapsed=float, val_loss=float, best_val_loss=float, best_step=int, scaler=dict,
 )
 
 def save_checkpoint(path, state):

@@ -401,7 +401,9 @@ def halve_the_batch():
 
 def what_is_left():
     """The checkpoint that a run which ends by an error leaves."""
-    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+    if os.path.exists(ckpt_path):
+        return f'{ckpt_path} is from before it, whole'
+    return 'there is no checkpoint yet'
 
 @contextlib.contextmanager
 def last_words():
@@ -620,7 +622,8 @@ def plot():
     for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
         points = [(row['elapsed_s'], row[name]) for row in rows if name in row]
         axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
-    title = f'{dataset}, {raw_model.n_params() / 1e6:.2f}M parameters: {best_val_loss:.4f} at update {best_step}'
+    size = f'{raw_model.n_params() / 1e6:.2f}M parameters'
+    title = f'{dataset}, {size}: {best_val_loss:.4f} at update {best_step}'
     axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
     axes.legend()
     try:
@@ -766,8 +769,8 @@ with last_words():
             f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left')
         if device == 'cpu' and seconds > 3 * fastest:
-            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses the '
-                'cores; if it goes on, Ctrl-C and then --resume --threads=1')
+            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses '
+                'the cores; if it goes on, Ctrl-C and then --resume --threads=1')
         fastest = min(fastest, seconds) if seconds < 3 * fastest else math.inf  # say it once
         if dry_run and step - first_step >= 2 * log_interval:
             break
@@ -815,8 +818,8 @@ else:
     say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is '
         f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
     if val_loss > train_loss + 1:
-        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the text by '
-            'heart; more text, fewer updates or --dropout=0.2 help')
+        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the text '
+            'by heart; more text, fewer updates or --dropout=0.2 help')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
