@@ -2,19 +2,17 @@
 
     python hardware.py                  a table, and what train.py would use; --recommended: only the device
     python hardware.py --interactive    asks, and prints the flags to use
-    python hardware.py --json           {python, torch, cores, problem, device, dtype, table}
+    python hardware.py --json           {python, torch, cores, problem, device, dtype, no_gpu, table}
 """
 import ctypes
-import io
-import logging
 import os
 import platform
 import re
-import statistics
 import sys
+import textwrap
 import time
 import timeit
-from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, suppress
 from json import dumps
 
 import torch
@@ -68,54 +66,45 @@ def reset_peak_memory(device):
     with suppress(OSError), open('/proc/self/clear_refs', 'w') as file:  # only Linux has it
         file.write('5')
 
-def backends():
-    """[(CUDA, ROCm, XPU, MPS or CPU; a device, or ''; why there is none)], in auto's order."""
-    rows, has = [], torch.version
-    for name, word, built in [('CUDA', 'cuda', has.cuda), ('ROCm', 'cuda', has.hip), ('XPU', 'xpu', has.xpu),
-                              ('MPS', 'mps', torch.backends.mps.is_built())]:
-        api = getattr(torch, word)
-        usable = built and (name == 'MPS' or api.is_available())  # device_count ignores too old a driver
-        cards = range(api.device_count()) if usable else []
-        reason = 'no card that PyTorch can use, or its driver is missing or too old'
-        if not built:
-            reason = f'this PyTorch is built without {name}'
-        if cards and name == 'CUDA':  # not those older than all that this PyTorch was built for
-            oldest = min([int(re.sub(r'\D', '', arch)) for arch in api.get_arch_list()], default=0)
-            cards = [i for i in cards if int('%d%d' % api.get_device_capability(i)) >= oldest]
-        if cards and name == 'MPS' and torch.__version__ < (2, 13):
-            # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
-            # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
-            cards, reason = [], 'needs PyTorch 2.13 or later: attention has faults in earlier releases'
-        rows += [(name, f'{word}:{i}', '') for i in cards] or [(name, '', reason)]
-    return [*rows, ('CPU', 'cpu', '')]
+def devices():
+    """(what PyTorch can use here, the best first and the CPU last; why there is no GPU, or '')"""
+    gpu = torch.accelerator.current_accelerator()  # what this PyTorch is built for; cuda stands for ROCm, too
+    if gpu is None:
+        return ['cpu'], 'this PyTorch is built for the CPU alone'
+    if not torch.accelerator.is_available():
+        return ['cpu'], f'no {gpu.type} device that PyTorch can use, or its driver is missing or too old'
+    if gpu.type == 'mps' and torch.__version__ < (2, 13):
+        # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
+        # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
+        return ['cpu'], 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
+    names = [f'{gpu.type}:{i}' for i in range(torch.accelerator.device_count())]
+    if torch.version.cuda:  # not the cards that are older than all that this PyTorch is built for
+        oldest = min(int(re.sub(r'\D', '', arch)) for arch in torch.cuda.get_arch_list())
+        names = [name for name in names if int('%d%d' % torch.cuda.get_device_capability(name)) >= oldest]
+    return [*names, 'cpu'], '' if names else 'this PyTorch is built for newer cards'
 
 def pick_device(wish='auto'):
-    """The torch device for auto, cuda, cuda:1, rocm, xpu, mps or cpu; ValueError if it isn't there."""
-    name = wish.replace('rocm', 'cuda') if torch.version.hip else wish
-    there = [device for _, device, _ in backends() if device]
-    fits = [device for device in there if name in (device, kind(device), 'auto')]
+    """The torch device for auto, cuda, cuda:1, xpu, mps or cpu; ValueError if it isn't there."""
+    there, no_gpu = devices()
+    fits = [device for device in there if wish in ('auto', device, kind(device))]
     if not fits:
-        why = ''.join(f'{reason}; ' for backend, _, reason in backends() if backend.lower() == wish)
-        raise ValueError(f'device {wish}: {why}use {" or ".join(f"--device={device}" for device in there)}')
-    return fits[0] if fits[0] == name else fits[0].removesuffix(':0')
+        flags = ' or '.join(f'--device={device}' for device in there)
+        raise ValueError(f'device {wish}: {no_gpu or "not here"}; use {flags}')
+    return fits[0].removesuffix(':0')
 
 def dtypes(device):
     """Those of float32, float16, bfloat16 that the hardware computes in, not those it emulates."""
-    half = True
+    bfloat = True
     if kind(device) == 'cpu':
-        flags = proc('/proc/cpuinfo', 'flags|Features')
-        half, bfloat = False, re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', flags)
-    elif kind(device) == 'mps':
-        bfloat = True
+        bfloat = re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', proc('/proc/cpuinfo', 'flags|Features'))
     elif kind(device) == 'xpu':
         bfloat = torch.xpu.get_device_properties(device).has_bfloat16_conversions
     elif torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
         bfloat = re.match('gfx(908|90a|94|95|11|12)', torch.cuda.get_device_properties(device).gcnArchName)
-    else:  # not torch.cuda.is_bf16_supported(): it counts emulation
-        capability = torch.cuda.get_device_capability(device)
-        half, bfloat = capability >= (5, 3), capability >= (8, 0)
-    found = {'float32': True, 'float16': half, 'bfloat16': bfloat}
-    return [dtype for dtype in found if found[dtype]]
+    elif kind(device) == 'cuda':  # not torch.cuda.is_bf16_supported(): it counts emulation
+        bfloat = torch.cuda.get_device_capability(device) >= (8, 0)
+    there = ['float32'] if kind(device) == 'cpu' else ['float32', 'float16']
+    return [*there, 'bfloat16'] if bfloat else there
 
 def pick_dtype(device, wish='auto'):
     """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device lacks it."""
@@ -141,7 +130,7 @@ def set_up(device, threads=0):
         flags = proc('/proc/cpuinfo', 'flags')
         precision = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
     torch.set_float32_matmul_precision(precision)
-    with suppress(OSError, AttributeError):  # where there is no glibc
+    with suppress(OSError):  # where there is no glibc
         # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
@@ -155,35 +144,28 @@ def pick_threads():
     if most == 1:
         return 1
     x = torch.randn(256, 256)  # small, as the products of a small model are
-    done = {threads: [] for threads in (most, (most + 1) // 2, 1)}  # products in each tenth of a second
-    for threads in 3 * list(done):
+    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many in three tenths of a second
+    for threads in 3 * list(products):
         torch.set_num_threads(threads)
         end = time.perf_counter() + 0.1
-        products = 0
         while time.perf_counter() < end:
             x @ x
-            products += 1
-        done[threads].append(products)
-    best = max(done, key=lambda threads: statistics.median(done[threads]))
+            products[threads] += 1
+    best = max(products, key=products.get)
     torch.set_num_threads(best)
     return best
 
 def compile_problem(device):
-    """'' when one tiny compiled training step works here, else why not, in one line. Prints nothing."""
+    """'' when one tiny compiled training step works here, else why not, in one line."""
     if kind(device) == 'mps':
         return 'off on MPS'
     x = torch.arange(4096.).view(64, 64).to(device)
     weight = torch.ones_like(x, requires_grad=True)
-    logging.disable()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
+        torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
         return ''
     except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
-        problem = f'{type(error).__name__}: {error}'.partition('Set TORCHDYNAMO')[0]
-        return ' '.join(problem.split())[:150]
-    finally:
-        logging.disable(logging.NOTSET)
+        return textwrap.shorten(f'{type(error).__name__}: {error}', 150)
 
 def device_name(device):
     if kind(device) in ('cuda', 'xpu'):
@@ -196,9 +178,8 @@ def device_name(device):
 
 def peak_flops(device, dtype):
     """(FLOP/s, 'vendor') from the table, or (0.0, 'unknown'), as it is for float32."""
-    peak = PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
-    known = peak and dtype != 'float32' and dtype in dtypes(device)
-    return (1e12 * peak, 'vendor') if known else (0.0, 'unknown')
+    teraflops = PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
+    return (1e12 * teraflops, 'vendor') if teraflops and dtype != 'float32' else (0.0, 'unknown')
 
 def fastest(device, work):
     """Seconds, the least of twelve tries."""
@@ -216,31 +197,30 @@ def measure_bandwidth(device):
     return x.nbytes / fastest(device, x.sum)
 
 def describe(device):
+    """What a device is, in plain values; memory of 0: the system doesn't say."""
     free, total = proc('/proc/meminfo', 'MemAvailable') or 0, proc('/proc/meminfo', 'MemTotal') or 0
     if kind(device) in ('cuda', 'xpu'):
         free, total = torch.get_device_module(device).mem_get_info(device)
-    return {'name': device_name(device), 'dtypes': ' '.join(dtypes(device)),
+    return {'device': device, 'name': device_name(device), 'dtypes': ' '.join(dtypes(device)),
             'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1),
             'peak_tflops': peak_flops(device, 'float16')[0] / 1e12 or 'unknown'}
 
 def report():
-    rows = [{'backend': name, 'device': device, **(describe(device) if device else {'reason': reason})}
-            for name, device, reason in backends()]
+    there, no_gpu = devices()
     device = pick_device()
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': os.cpu_count(),
-            'problem': version_problem(), 'device': device, 'dtype': pick_dtype(device), 'table': rows}
+            'problem': version_problem(), 'device': device, 'dtype': pick_dtype(device), 'no_gpu': no_gpu,
+            'table': [describe(device) for device in there]}
 
 def table():
     """The report for people, at most 100 columns wide."""
     facts = report()
-    lines = ['backend device  free memory    computes in              name', '-' * 100]
+    lines = ['device  free memory    computes in              name', '-' * 100]
     for row in facts['table']:
-        about = row.get('reason')
-        if row['device']:
-            free, total = row['free_gib'], row['memory_gib']
-            memory = f'{free:.0f} of {total:.0f} GiB' if total else 'unknown'
-            about = f'{row["device"]:8}{memory:15}{row["dtypes"]:25}{row["name"]}'
-        lines.append(f'{row["backend"]:8}{about}'[:100])
+        memory = f'{row["free_gib"]:.0f} of {row["memory_gib"]:.0f} GiB' if row['memory_gib'] else 'unknown'
+        lines.append(f'{row["device"]:8}{memory:15}{row["dtypes"]:25}{row["name"]}'[:100])
+    if facts['no_gpu']:
+        lines.append(f'no GPU: {facts["no_gpu"]}')
     advice = f'train.py would use {facts["device"]} (the first available) in {facts["dtype"]}'
     versions = f'Python {facts["python"]}, PyTorch {facts["torch"]}, {facts["cores"]} CPU cores'
     return '\n'.join([*lines, '', versions, facts['problem'] or advice])

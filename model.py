@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -33,7 +32,7 @@ class GPTConfig:
     n_embd: int = 384  # width
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
     mlp_ratio: float = 2.66  # hidden width over n_embd (SwiGLU has three matrices: 8/3 costs what 4 costs GELU)
-    dropout: float = 0.0  # 0.1 to 0.3 where the data is seen many times
+    dropout: float = 0.0  # of embeddings and of what blocks add; 0.1 to 0.3 where the data is seen many times
     bias: bool = False  # biases in the linear layers and LayerNorm
     use_rms_norm: bool = True  # RMSNorm; false: LayerNorm
     use_swiglu: bool = True  # SwiGLU; false: GELU
@@ -143,18 +142,18 @@ def attention_mask(queries, keys, config):
     visible = (distance >= 0) & (distance < config.block_size)
     return torch.where(visible, 0.0, -math.inf)
 
-def attention(q, k, v, mask=None, dropout=0.0):
+def attention(q, k, v, mask=None):
     """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S,
     head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal. The first four
     lines are other kernels for the same formula: a change of it starts by deleting them."""
     if FAST and q.size(2) == 1 and mask is not None and mask.dim() == 2:
         return one_query_attention(q, k, v, mask)
     if FAST and q.is_cpu and q.size(2) <= 512 and k.size(2) <= 1024 and (mask is None or mask.dim() == 2):
-        return short_attention(q, k, v, mask, dropout)
+        return short_attention(q, k, v, mask)
     group = q.size(1) // k.size(1)
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -179,9 +178,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = attention(q, k, v, mask, c.dropout if self.training else 0.0)
-        y = self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        return F.dropout(y, c.dropout, self.training)
+        y = attention(q, k, v, mask)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 def swiglu(x):
     """silu(gate) * up, (..., 2 * hidden) -> (..., hidden); https://arxiv.org/abs/2002.05202 (5)."""
@@ -199,8 +197,7 @@ class MLP(nn.Module):
         return self.down(swiglu(x) if self.config.use_swiglu else F.gelu(x))
 
     def forward(self, x):
-        x = fast_recompute(self.project, self.up(x))
-        return F.dropout(x, self.config.dropout, self.training)
+        return fast_recompute(self.project, self.up(x))
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -209,10 +206,11 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, mask=None, cache=None):
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 def token_loss(logits, targets):
     """Sum of the cross entropies, in nats, of logits (N, vocab_size) against targets (N,); -1 does not
@@ -224,6 +222,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config.n_embd, config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -257,12 +256,11 @@ class GPT(nn.Module):
             positions = keys = torch.arange(input_ids.size(1), device=input_ids.device)
         else:
             positions, keys = cache.advance(input_ids.size(1))
-        x = self.embedding(input_ids)
+        x = self.dropout(self.embedding(input_ids))
         mask = None  # plain causal attention, for which there are the fastest kernels
         if keys is not positions:
             mask = attention_mask(positions, keys, self.config).to(x.dtype)
         turns = [table.to(matrix_dtype(x)) for table in rope(positions, self.config)]
-        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, turns, mask, use_reentrant=False)
@@ -288,7 +286,7 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
                generator=None, stop_token=None, cache=None):
         """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
@@ -423,11 +421,11 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def inverse_root(gram):
     """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values
-    between 0.4 and 1.6 (all but the smallest), so it is about the nearest orthogonal matrix. These are four
-    steps of https://arxiv.org/abs/2505.16932, which need no more than X X'. It wants float32 (TF32 will do):
-    in bfloat16 a spectrum over two decades came out wrong by 18 %."""
-    steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518),
-             (3.3184, -2.4885, 0.51))
+    between 0.3 and 1.4 (all but the smallest), so it is about the nearest orthogonal matrix. These are the
+    first three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times
+    0.733; a fourth made training slower and no better. It wants float32 (TF32 will do): in bfloat16 a
+    spectrum over two decades came out wrong by 18 %."""
+    steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (2.8944, -2.1322, 0.4045))
     root = None
     for a, b, c in steps:
         if root is not None:
@@ -439,8 +437,8 @@ def inverse_root(gram):
 
 class Muon(torch.optim.AdamW):
     """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum,
-    made orthogonal for each matrix. The inverse roots, which are most of the work, are made together, and in
-    a distributed run shared out over the processes. The other groups are AdamW's."""
+    made orthogonal for each matrix. The inverse roots, which are most of the work, are made together. The
+    other groups are AdamW's."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
@@ -471,15 +469,7 @@ class Muon(torch.optim.AdamW):
         updates = torch._foreach_lerp(grads, buffers, momentum)
         torch._foreach_div_(updates, torch._foreach_add(torch._foreach_norm(updates), 1e-7))
         updates = [u.mT if u.size(0) > u.size(1) else u for u in updates]  # (n, n or more)
-        if dist.is_initialized():
-            world, share = dist.get_world_size(), math.ceil(len(updates) / dist.get_world_size())
-            first = share * dist.get_rank()
-            mine = [updates[i % len(updates)] for i in range(first, first + share)]
-            root = inverse_root(torch.stack([u @ u.mT for u in mine]))
-            roots = root.new_empty(share * world, *root.shape[1:])
-            dist.all_gather_into_tensor(roots, root)
-        else:
-            roots = inverse_root(torch.stack([u @ u.mT for u in updates]))
+        roots = inverse_root(torch.stack([u @ u.mT for u in updates]))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         for p, root, u in zip(params, roots, updates):
             scale = max(1, p.size(0) / p.size(1)) ** 0.5
@@ -700,65 +690,54 @@ def read_json(folder, name):
 
 def hf_tokenizer(folder):
     """The tokenizer of a Hugging Face folder, as meta.json and checkpoints have it."""
-    contents = read_json(folder, 'tokenizer.json')
+    contents, end = read_json(folder, 'tokenizer.json'), None
     try:
         ids = contents['model']['vocab']
-        if isinstance(ids, list):  # of tokens with their scores
-            ids = {token: id for id, (token, _) in enumerate(ids)}
-        ids = ids | {token['content']: token['id'] for token in contents.get('added_tokens') or []}
-        size = max(ids.values()) + 1
+        ids = list(ids.values()) if isinstance(ids, dict) else list(range(len(ids)))
+        ids += [token['id'] for token in contents.get('added_tokens') or []]
+        size = max(ids) + 1
         if not 1 < size < 2**24:
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f'{os.path.join(folder, "tokenizer.json")} has no vocabulary') from None
-    end = None
-    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):  # the last one counts
-        said = read_json(folder, name) if os.path.exists(os.path.join(folder, name)) else {}
-        token, found = said.get('eos_token'), said.get('eos_token_id')
-        if isinstance(token, dict):
-            token = token.get('content')
-        if isinstance(token, str):
-            found = ids.get(token)
-        if isinstance(found, list):
-            found = next(iter(found), None)
-        if type(found) is int and 0 <= found < size:
-            end = found
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        end = read_json(folder, 'config.json').get('eos_token_id')
+        if isinstance(end, list):  # of several the first is the one that ends a document
+            end = end[0] if end else None
+    if end is not None and (type(end) is not int or not 0 <= end < size):
+        raise ValueError(f'{folder}: eos_token_id is {end!r:.60}, which is no token')
     return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': end, 'vocab_size': size}
 
 def load_folder(folder, device='cpu'):
-    """load_checkpoint() of a Hugging Face folder. All shapes are compared before anything is read."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f'{folder} is read with the package safetensors: pip install safetensors') from None
+    """load_checkpoint() of a Hugging Face folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         config = from_hf_config(read_json(folder, 'config.json'))
         tokenizer = hf_tokenizer(folder)
         if tokenizer['vocab_size'] > config.vocab_size:
             raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, the model {config.vocab_size}')
-        with torch.device('meta'):
-            groups = to_hf(config, GPT(config).state_dict())
         files, index = ['model.safetensors'], 'model.safetensors.index.json'
         if os.path.exists(os.path.join(folder, index)):
             files = sorted(set(read_json(folder, index).get('weight_map', {}).values()))
         there = {}
         for file in files:
-            shard = safe_open(os.path.join(folder, os.path.basename(file)), 'pt')
-            there.update(dict.fromkeys(shard.keys(), shard))
-        expected = {name: part for group in groups.values() for name, part in group.items()}
-        for name, part in expected.items():
+            there.update(load_file(os.path.join(folder, os.path.basename(file))))
+        with torch.device('meta'):
+            groups = to_hf(config, GPT(config).state_dict())
+        expected = {name: part.shape for group in groups.values() for name, part in group.items()}
+        for name, shape in expected.items():
             if name not in there:
                 raise ValueError(f'{name} is missing')
-            found = there[name].get_slice(name)
-            if found.get_shape() != list(part.shape) or found.get_dtype() not in ('F32', 'F16', 'BF16'):
-                raise ValueError(f'{name} is {found.get_dtype()} {found.get_shape()}, '
-                                 f'not F32, F16 or BF16 {list(part.shape)}')
+            if there[name].shape != shape or there[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f'{name} is {there[name].dtype} {tuple(there[name].shape)}, '
+                                 f'not float32, float16 or bfloat16 {tuple(shape)}')
         for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
             if not name.endswith('.inv_freq'):  # constants, which old folders have
                 raise ValueError(f'this model has no place for {name}')
-        weights = {}
-        for name, group in groups.items():
-            weights[name] = torch.cat([there[part].get_tensor(part).float() for part in group]).to(device)
+        weights = {name: torch.cat([there[part].float() for part in group]).to(device)
+                   for name, group in groups.items()}
         weights['head.weight'] = weights['embedding.weight']
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'{folder}: {error}') from None
@@ -781,7 +760,7 @@ def one_query_attention(q, k, v, mask):
     grouped = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
-def short_attention(q, k, v, mask, dropout):
+def short_attention(q, k, v, mask):
     """attention() as plain products, which on a CPU take a half to a sixth of the fused kernel's time, forward
     and backward, over up to 512 positions."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
@@ -790,7 +769,7 @@ def short_attention(q, k, v, mask, dropout):
     q = q.reshape(B * K, H // K * T, D)
     k, v = k.reshape(B * K, S, D), v.reshape(B * K, S, D)
     scores = torch.baddbmm(mask.repeat(H // K, 1), q, k.mT, alpha=D**-0.5)  # (B * K, H / K * T, S)
-    return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, D)
+    return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 class UnitRMS(torch.autograd.Function):
     """F.rms_norm(x, x.shape[-1:], eps=eps) that keeps only its output for backward, in the precision of the
@@ -814,10 +793,14 @@ class UnitRMS(torch.autograd.Function):
         return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype), None
 
 def fast_rms_norm(x, eps):
-    """F.rms_norm without its gain: 10 % of a step's time and memory."""
+    """F.rms_norm without its gain: 10 % of a step's time and memory, and of a token's time. On a CPU layer_norm
+    is the faster kernel, and that of (x, -x), whose mean is 0, is the same."""
+    n = x.size(-1)
     if FAST and torch.is_grad_enabled():
         return UnitRMS.apply(x, eps)
-    return F.rms_norm(x, x.shape[-1:], eps=eps)
+    if FAST and x.is_cpu:
+        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * n,), eps=eps)[..., :n]
+    return F.rms_norm(x, (n,), eps=eps)
 
 def fast_recompute(function, x):
     """function(x), of which nothing but x is kept for backward where x is large: for a function that ends
@@ -887,6 +870,7 @@ def fast_linear(x, weight, bias=None):
     y = parts.sum(0).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
+@torch.inference_mode(False)
 def fast_layout(model, by_columns):
     """Store a CPU's matrices column by column, or row by row again: the same shapes and values."""
     for p in model.parameters():

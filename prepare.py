@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +46,9 @@ from configurator import configure, plain_errors, set_up_output
 sources = []  # what to prepare: shakespeare, pydoc, text files, folders, URLs, hf:owner/name[:column]
 name = ''  # folder in data/; empty: made from the first source
 tokenizer = 'auto'  # auto, char, bpe (trained on this text), gpt2; or that of a checkpoint, folder, data set
-vocab_size = 0  # tokens in a bpe vocabulary, at least 257; 0: chosen to suit the text
+vocab_size = 0  # tokens in a bpe vocabulary, 257 or more; 0: chosen to suit the text
 val_fraction = 0.1  # share of the tokens, from the end, kept for validation (10 million at most)
-max_mb = 0  # stop reading after about this many million characters; 0: read everything
+max_mb = 0  # stop reading after about this many million bytes; 0: read everything
 overwrite = False  # replace a data set of the same name that was made from other sources
 info = ''  # show this prepared data set
 # ----------------------------------------------------------------------------
@@ -59,9 +60,9 @@ DOWNLOADS = {'shakespeare': (  # address, sha256
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = '<|endoftext|>'
 PIECE = 1 << 20  # characters read and encoded at a time
-SMALL = 4  # pieces: up to here 'auto' considers the char tokenizer
-SAMPLE = 32  # pieces that bpe is trained on, from the beginning of each source,
-DISTINCT = 2 << 20  # or fewer: characters in the distinct words, which memory and time depend on
+SMALL = 4 << 20  # bytes: up to here, and to 256 characters, 'auto' is the char tokenizer
+SAMPLE = 16 << 20  # characters that bpe is trained on, from all over the sources,
+WORDS = 100_000  # and how many of their words, the most frequent: time and memory depend on it
 VAL_MAX = 10_000_000  # tokens: more makes an evaluation slower, not better
 RETRY_WAITS = (1, 2)  # seconds: without a network the answer comes quickly
 
@@ -69,39 +70,32 @@ RETRY_WAITS = (1, 2)  # seconds: without a network the answer comes quickly
 # tokenizers: another one is a branch in Tokenizer and one in make_tokenizer
 
 class Tokenizer:
-    """Text <-> ids, from the plain dict in meta.json and in checkpoints; ValueError if that is malformed."""
+    """Text <-> ids, from the plain dict in meta.json and in checkpoints"""
 
     def __init__(self, meta):
+        self.kind = meta['kind']
         self.end_of_text = None
-        try:
-            self.kind = meta['kind']
-            if self.kind == 'char':
-                self.ids = {c: i for i, c in enumerate(meta['chars'])}
-                self.table = [c.encode() for c in meta['chars']]  # id -> bytes
-                self.vocab_size = len(self.table)
-            elif self.kind == 'hf':
-                from tokenizers import Tokenizer as HF
-                self.hf = HF.from_str(meta['json'])
-                self.hf.no_truncation()
-                self.hf.no_padding()
-                self.hf.encode_special_tokens = True  # in a text their names are text
-                self.vocab_size, self.end_of_text = meta['vocab_size'], meta['end_of_text']
-            else:
-                self.table = [base64.b64decode(token) for token in meta['ranks']]
-                ranks, self.end_of_text = {token: i for i, token in enumerate(self.table)}, len(self.table)
-                self.bpe = tiktoken.Encoding(self.kind, pat_str=meta['pattern'], mergeable_ranks=ranks,
-                                             special_tokens={END_OF_TEXT: self.end_of_text})
-                self.table.append(END_OF_TEXT.encode())
-                self.vocab_size = len(self.table)
-            self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
-        except ImportError:
-            raise ValueError('this tokenizer needs the package tokenizers: pip install tokenizers') from None
-        except Exception as error:  # the package tokenizers raises nothing narrower
-            raise ValueError(f'the tokenizer is malformed ({type(error).__name__}: {error})') from None
+        if self.kind == 'char':
+            self.ids = {c: i for i, c in enumerate(meta['chars'])}
+            self.table = [c.encode() for c in meta['chars']]  # id -> bytes
+            self.vocab_size = len(self.table)
+        elif self.kind == 'hf':
+            from tokenizers import Tokenizer as HF
+            self.hf = HF.from_str(meta['json'])
+            self.hf.no_truncation()
+            self.hf.encode_special_tokens = True  # in a text their names are text
+            self.vocab_size, self.end_of_text = meta['vocab_size'], meta['end_of_text']
+        else:
+            self.table = [base64.b64decode(token) for token in meta['ranks']]
+            ranks, self.end_of_text = {token: i for i, token in enumerate(self.table)}, len(self.table)
+            self.bpe = tiktoken.Encoding(self.kind, pat_str=meta['pattern'], mergeable_ranks=ranks,
+                                         special_tokens={END_OF_TEXT: self.end_of_text})
+            self.table.append(END_OF_TEXT.encode())
+            self.vocab_size = len(self.table)
+        self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
 
     def encode(self, text):
         """str -> list of ids. Names of special tokens inside the text are text."""
-        text.encode()  # refuses half a surrogate pair, which tiktoken would replace in silence
         if self.kind == 'hf':
             return self.hf.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self.kind != 'char':
@@ -112,32 +106,25 @@ class Tokenizer:
             raise ValueError(f'the tokenizer does not know the character {error.args[0]!a}: '
                              'leave it out, or train on text that has it') from None
 
-    def decode_bytes(self, ids):
-        """ids -> bytes; an id beyond the table, as in a padded vocabulary, gives none."""
-        if self.kind == 'hf':
-            return self.hf.decode([int(i) for i in ids], skip_special_tokens=False).encode()
-        return b''.join([self.table[i] for i in ids if i < len(self.table)])
-
     def decode(self, ids):
-        """ids -> str; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
+        """ids -> str; bytes that are not UTF-8 (a character cut in two) become U+FFFD, and an id beyond the
+        table, as in a padded vocabulary, nothing."""
+        if self.kind == 'hf':
+            return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
+        return b''.join([self.table[i] for i in ids if i < len(self.table)]).decode('utf-8', 'replace')
 
     def decoder(self):
         """-> piece(id), the text that this next id completes; piece(None), what is left over at the end"""
-        if self.kind != 'hf':
-            decode = codecs.getincrementaldecoder('utf-8')('replace').decode
-            return lambda id: decode(b'' if id is None else self.decode_bytes([id]), id is None)
-        from tokenizers.decoders import DecodeStream
-        stream, held = DecodeStream(skip_special_tokens=False), []
-
-        def piece(id):
-            text = self.decode(held) if id is None else stream.step(self.hf, id)
-            held[:] = [] if text or id is None else [*held, id]
-            return text or ''
-        return piece
+        if self.kind == 'hf':
+            from tokenizers.decoders import DecodeStream
+            stream = DecodeStream(skip_special_tokens=False)
+            return lambda id: '' if id is None else stream.step(self.hf, id) or ''
+        decode = codecs.getincrementaldecoder('utf-8')('replace').decode
+        tokens = dict(enumerate(self.table))
+        return lambda id: decode(tokens.get(id, b''), id is None)
 
 def train_bpe(counts, size):
-    """Byte-pair encoding (Sennrich et al., arXiv:1508.07909): Counter of words -> up to `size` tokens, bytes.
+    """Byte-pair encoding (Sennrich et al., arXiv:1508.07909): {word: how often} -> at most `size` tokens.
     A pair is known by the bytes it makes, as in tiktoken; only words that hold it are looked at again."""
     words = [[bytes([b]) for b in word.encode()] for word in counts]
     times = list(counts.values())
@@ -174,38 +161,34 @@ def train_bpe(counts, size):
     return list(tokens)
 
 def count_words(parts):
-    """Words of a sample, from the beginning of each source, and how many characters that is."""
-    counts, read, share = Counter(), 0, max(SAMPLE // len(parts), 1)
-    for part in parts:
-        for text in itertools.chain.from_iterable(itertools.islice(stream([part], '\n'), share)):
-            words = regex.findall(PATTERN, text)
-            counts.update(word[i:i + 32] for word in words for i in range(0, len(word), 32))
+    """{word: how often} in a sample of the text, for which each part is read up to its share. Long words are
+    cut, as the time for one grows with its square."""
+    counts, read = Counter(), 0
+    for i, part in enumerate(parts, 1):
+        for text in stream([part], ''):
+            if read >= SAMPLE * i / len(parts):
+                break
+            for word in regex.findall(PATTERN, text):
+                counts.update(word[at:at + 32] for at in range(0, len(word), 32))
             read += len(text)
-        if read >= SAMPLE * PIECE or sum(map(len, counts)) > DISTINCT:
-            break
-    return counts, read
-
-def pick_vocab_size(size, counts):
-    """A guess: twice the vocabulary for ten times the text (2,000 for 1 MB, 8,000 for 100 MB), and a token
-    for each distinct character beyond ASCII, as Chinese would fall into single bytes otherwise."""
-    others = {c for word in counts for c in word if c > '\x7f'}
-    return min(round(size ** 0.3 / 8) * 256 + len(others) + 256, 1 << 16)
+    return dict(counts.most_common(WORDS))
 
 def make_tokenizer(kind, vocab_size, parts):
     """-> the tokenizer's meta, made for this text or taken from a checkpoint, a folder or a data set"""
-    if kind in ('auto', 'char'):
+    size = sum(part.stat().st_size if isinstance(part, Path) else 10**9 for part in parts)  # a guess for rows
+    if kind == 'char' or (kind == 'auto' and size <= SMALL):
         chars = set()
-        for n_pieces, piece in enumerate(stream(parts, '\n'), 1):
-            chars.update(*piece)
-            if kind == 'auto' and (n_pieces > SMALL or len(chars) > 256):
-                break
-        else:
+        for text in stream(parts, '\n'):
+            chars.update(text)
+        if kind == 'char' or len(chars) <= 256:
             return {'kind': 'char', 'chars': ''.join(sorted(chars))}
     if kind in ('auto', 'bpe'):
-        counts, read = count_words(parts)
-        size = sum(part.stat().st_size for part in parts if isinstance(part, Path))
-        vocab_size = vocab_size or pick_vocab_size(max(size, read), counts)
-        print(f'training a vocabulary of {vocab_size:,} tokens on {read:,} characters ...', flush=True)
+        counts = count_words(parts)
+        # a guess: twice the vocabulary for ten times the text, 2,300 for 1 MB and 8,200 for 100 MB, and a token
+        # for each character beyond ASCII, as Chinese would fall into single bytes otherwise
+        others = {c for word in counts for c in word if c > '\x7f'}
+        vocab_size = vocab_size or min(65536, round(size ** 0.3 / 8) * 256 + 256 + len(others))
+        print(f'training a vocabulary of {vocab_size:,} tokens ...', flush=True)
         return bpe_meta('bpe', train_bpe(counts, vocab_size - 1))
     if kind == 'gpt2':
         try:
@@ -214,16 +197,15 @@ def make_tokenizer(kind, vocab_size, parts):
             raise ConnectionError("GPT-2's vocabulary can't be downloaded: use --tokenizer=bpe, or set "
                                   'TIKTOKEN_CACHE_DIR to a folder that holds it') from None
         return bpe_meta('gpt2', [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
+    from model import hf_tokenizer, load_checkpoint
     if os.path.exists(os.path.join(kind, 'tokenizer.json')):
-        from model import hf_tokenizer
         return hf_tokenizer(kind)
-    try:
-        if os.path.isfile(kind):
-            return torch.load(kind, 'cpu', weights_only=True)['tokenizer']
+    if os.path.isfile(kind):
+        return load_checkpoint(kind)['tokenizer']
+    if kind in data_sets():
         return load_dataset(kind).meta['tokenizer']
-    except Exception as error:  # what is no checkpoint fails in many ways
-        raise ValueError(f'--tokenizer={kind} is not auto, char, bpe or gpt2, nor a checkpoint, a folder '
-                         f'with tokenizer.json or a prepared data set ({type(error).__name__})') from None
+    raise ValueError(f'--tokenizer={kind} is not auto, char, bpe or gpt2, nor a checkpoint, a folder with '
+                     'tokenizer.json or a prepared data set')
 
 def bpe_meta(kind, tokens):
     ranks = [base64.b64encode(token).decode() for token in tokens]
@@ -235,14 +217,15 @@ def export_tokenizer(meta):
     from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
     coder = Tokenizer(meta)
     if coder.kind == 'hf':
-        return coder.hf.from_str(meta['json'])
+        return coder.hf
     if coder.kind == 'char':
         exported = HF(models.BPE(coder.ids, []))
         exported.decoder = decoders.Fuse()
         return exported
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are in
-    others = sorted(set(range(256)) - set(visible))  # Latin-1, the others as the characters from 256 on
-    letters = {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    # GPT-2 writes bytes that are printable in Latin-1 as these characters, others as those from 256 on
+    letters = {b: chr(b) for b in range(33, 256) if chr(b).isprintable()}
+    others = [b for b in range(256) if b not in letters]
+    letters |= {b: chr(256 + i) for i, b in enumerate(others)}
     tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
     ids = {token: i for i, token in enumerate(tokens)}
     splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
@@ -260,12 +243,18 @@ def export_tokenizer(meta):
 
 def printable(text):
     """The text with control characters and overrides of its direction as escapes: no terminal obeys them."""
-    return regex.sub('[^\n\t -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]',
+    return regex.sub(r'(?![\n\t])[\p{Cc}\p{Cs}\u202a-\u202e\u2066-\u2069]',
                      lambda match: match[0].encode('unicode_escape').decode(), text)
 
-def download(url, path, part, sha256=None):
-    """url -> path, whole or not at all, by way of the file part. ConnectionError if no attempt succeeds."""
+def download(source, folder, part):
+    """A URL or a name in DOWNLOADS -> the path of its text, which is fetched once, whole or not at all, by
+    way of the file part. ConnectionError if that fails."""
     import requests  # here, because it takes 60 ms, and sample.py does without
+    url, sha256 = DOWNLOADS.get(source, (source, None))
+    kept = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt'
+    path = DATA / source / 'input.txt' if sha256 else kept
+    if path.exists():
+        return path
     print(f'fetching {url} ...', flush=True)
     for wait in (*RETRY_WAITS, None):
         try:
@@ -283,81 +272,58 @@ def download(url, path, part, sha256=None):
     if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
         raise ValueError(f'{url} sent a different text than expected: try again, or put the text at {path}')
     path.parent.mkdir(exist_ok=True)
-    os.replace(part, path)
+    return part.rename(path)
 
 def find_parts(source, folder, new):
-    """What the user typed -> paths of texts, or ['hf:...']. Downloads what is not there yet."""
-    path = Path(source)
+    """What the user typed -> paths of texts, or ['hf:...']. What is made or fetched goes through `new`."""
     if source.startswith('hf:'):
         return [source]
     if source == 'pydoc':
         from pydoc_data.topics import topics
         path = new / 'pydoc.txt'
         path.write_bytes(('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode())
-    elif source in DOWNLOADS or source.startswith(('http://', 'https://')):
-        url, sha256 = DOWNLOADS.get(source, (source, None))
-        kept = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt'
-        path = DATA / source / 'input.txt' if sha256 else kept
-        if not path.exists():
-            download(url, path, new / 'text', sha256)
-    elif path.is_dir():
-        return find_texts(path)
-    elif not path.is_file():
-        raise ValueError(f'{source} is not a file, folder or URL, nor shakespeare, pydoc or hf:owner/name')
-    return [path]
+        return [path]
+    if source in DOWNLOADS or source.startswith(('http://', 'https://')):
+        return [download(source, folder, new / 'text')]
+    if os.path.isdir(source):
+        return find_texts(Path(source))
+    if os.path.isfile(source):
+        return [Path(source)]
+    raise ValueError(f'{source} is not a file, folder or URL, nor shakespeare, pydoc or hf:owner/name')
 
 def find_texts(folder):
     """The text files in a folder and below: no hidden ones and, in the current folder, no data/ or out*/."""
-    texts, skipped, binary = [], [], 0
-    for path in sorted(folder.rglob('*')):
-        parts = path.relative_to(folder).parts
-        if not path.is_file() or any(part.startswith('.') for part in parts):
-            continue
-        if len(parts) > 1 and (parts[0] == DATA.name or parts[0].startswith('out')) and folder.samefile('.'):
-            continue
-        try:
-            with open(path, 'rb') as file:
-                if b'\0' in file.read(4096):
-                    binary += 1
-                    continue
-            for _ in read_text(path):
-                pass
-            texts.append(path)
-        except ValueError:
-            skipped.append(path)
-    note = f'; skipped {len(skipped):,} that are not UTF-8, the first {skipped[0]}' if skipped else ''
-    print(printable(f'{folder}: {len(texts):,} text files, {binary:,} binary files left out{note}'))
-    if not texts:
-        raise ValueError(f'{folder}: there is no text in it')
+    ignored = r'(.*/)?\.'
+    if folder.samefile('.'):
+        ignored += rf'|{DATA}/|out[^/]*/'
+    files = [path for path in sorted(folder.rglob('*')) if path.is_file()]
+    files = [path for path in files if not regex.match(ignored, path.relative_to(folder).as_posix())]
+    texts = []
+    for path in files:
+        with suppress(ValueError):  # not UTF-8
+            if not any('\0' in text for text in read_text(path)):
+                texts.append(path)
+    print(f'{folder}: {len(texts):,} text files, {len(files) - len(texts):,} others that are left out')
     return texts
 
 def make_name(source):
     """A path, URL or hf: source -> letters, digits, _ and - only, which can't lead out of data/."""
-    path = Path(source.split('?')[0] if '://' in source else source.removeprefix('hf:').split(':')[0])
-    return regex.sub(r'[^\w-]+', '-', path.stem or path.absolute().name).strip('-')[:60] or 'text'
+    stem = Path(os.path.abspath(source.split('?')[0])).stem
+    return regex.sub(r'[^\w-]+', '-', stem).strip('-')[:60] or 'text'
 
 def read_text(path):
-    """The text of a file in pieces, every character as it stands there; cut before a space or newline that
-    follows something else, where no token of PATTERN lies across. Other cuts may give a token more."""
-    text, block = '', True
+    """The text of a file in pieces, every character as it stands there. They end where a line does, if lines
+    are no longer than a piece: so no word is cut."""
     with open(path, encoding='utf-8', newline='') as file:
-        while block:
-            try:
-                block = file.read(PIECE)
-            except UnicodeDecodeError:
-                raise ValueError(f'{path} is not UTF-8 text') from None
-            text += block
-            match = regex.match(r'(?s).*\S(?=[ \n])', text) if block else None
-            cut = match.end() if match else len(text)
-            yield text[:cut]
-            text = text[cut:]
+        try:
+            while text := file.read(PIECE) + file.readline(PIECE):
+                yield text
+        except UnicodeDecodeError:
+            raise ValueError(f'{path} is not UTF-8 text') from None
 
 def read_rows(spec):
     """The rows of a Hugging Face data set (train split), streamed, each as a list of one text"""
-    try:
-        from datasets import load_dataset as load
-    except ImportError:
-        raise ValueError('hf: needs the package datasets: pip install datasets') from None
+    from datasets import load_dataset as load
     logging.disable()  # without a network, screens of retries
     name, _, column = spec.removeprefix('hf:').partition(':')
     column = column or 'text'
@@ -371,18 +337,12 @@ def read_rows(spec):
                               'is there a network, and is the name right?') from None
 
 def stream(parts, separator):
-    """Pieces, lists of texts of about PIECE characters together; the separator stands between documents."""
+    """The texts of all parts, files in pieces; the separator stands between documents, files and rows."""
     documents = ([read_text(part)] if isinstance(part, Path) else read_rows(part) for part in parts)
-    piece, size = [], 0
     for i, texts in enumerate(itertools.chain.from_iterable(documents)):
-        for text in itertools.chain([separator] if i else [], texts):
-            piece.append(text)
-            size += len(text or '')
-            if size >= PIECE:
-                yield piece
-                piece, size = [], 0
-    if piece:
-        yield piece
+        if i > 0:
+            yield separator
+        yield from texts
 
 def in_order(function, items, workers):
     """map() with threads that run only a little ahead; errors surface here."""
@@ -402,21 +362,20 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
     """-> the data set's folder. ValueError for what a user can mend, ConnectionError where a download failed.
     One process at a time prepares a name; one that had to wait takes what is there, if it fits."""
     sources = [sources] if isinstance(sources, str) else list(sources)
-    if not sources or '' in sources:
-        raise ValueError('a source has an empty name: give a text file, a folder (. is this one) or a URL')
     name = name or make_name(sources[0])
     if not regex.fullmatch(r'[\w-][\w.-]{0,99}', name):
         raise ValueError(f'{name!a} cannot name a data set: use letters, digits, _ and -')
-    if 0 != vocab_size < 257 or not 0 < val_fraction < 1 or max_mb < 0:
-        raise ValueError(f'out of range: vocab_size {vocab_size} (0, or at least 257), '
-                         f'val_fraction {val_fraction} (between 0 and 1) or max_mb {max_mb} (0 or more)')
+    settings = dict(tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, max_mb=max_mb)
     folder, new = DATA / name, DATA / f'.{name}.new'
-    meta = {'sources': sources, 'settings': [tokenizer, vocab_size, val_fraction, max_mb]}
+    meta = {'sources': sources, 'settings': settings}
     began = time.time()
     DATA.mkdir(exist_ok=True)
     with FileLock(DATA / f'.{name}.lock'):  # it dies with the process
-        there = read_meta(folder)
-        if there == there | meta and (folder / 'meta.json').stat().st_mtime > began:
+        try:
+            there = load_dataset(name).meta
+        except ValueError:  # missing or damaged
+            there = {}
+        if meta.items() <= there.items() and (folder / 'meta.json').stat().st_mtime > began:
             return folder
         if there.get('sources', sources) != sources and not overwrite:
             raise ValueError(f'{folder} was made from {" ".join(there["sources"])[:99]}: '
@@ -431,56 +390,43 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
                 os.replace(new / file, folder / file)
         finally:
             shutil.rmtree(new)
-    print(describe(folder, meta))
+    print(describe(name))
     print('to judge a model, look at the bits per byte of its evaluations: lower is better')
     print(f'next: python train.py --dataset={name} --minutes=5')
     return folder
 
-def read_meta(folder):
-    try:
-        return json.loads((folder / 'meta.json').read_text('utf-8'))
-    except (OSError, ValueError):  # missing, or damaged
-        return {}
-
-def describe(folder, meta):
-    """Three lines about a data set"""
-    train, val = meta['tokens']['train'], meta['tokens']['val']
-    return (f'{folder}: {meta["characters"]:,} characters from {" ".join(meta["sources"])}\n'
-            f'{meta["tokenizer"]["kind"]} tokenizer, vocabulary of {meta["vocab_size"]:,}, '
-            f'{meta["characters"] / (train + val):.2f} characters per token\n'
-            f'{train:,} tokens for training, {val:,} for validation')
-
 def fill(new, parts, meta):
     """Text -> train.bin, val.bin and meta.json in the folder `new`; adds what it finds out to meta."""
-    tokenizer, vocab_size, val_fraction, max_mb = meta['settings']
-    meta['tokenizer'] = make_tokenizer(tokenizer, vocab_size, parts)
+    settings = meta['settings']
+    meta['tokenizer'] = make_tokenizer(settings['tokenizer'], settings['vocab_size'], parts)
     coder = Tokenizer(meta['tokenizer'])
-    total, characters, size, sha, began = 0, 0, 0, hashlib.sha256(), time.time()
+    total, size, sha = 0, 0, hashlib.sha256()
 
-    def encode(piece):
-        ids = [[coder.end_of_text] if text is None else coder.encode(text) for text in piece]
-        return np.fromiter(itertools.chain.from_iterable(ids), coder.dtype), ''.join(filter(None, piece))
+    def encode(text):
+        if text is None:
+            return np.array([coder.end_of_text], coder.dtype), b''
+        return np.array(coder.encode(text), coder.dtype), text.encode()
 
-    pieces = itertools.islice(stream(parts, '\n' if coder.end_of_text is None else None), max_mb or None)
+    texts = stream(parts, '\n' if coder.end_of_text is None else None)
     with open(new / 'train.bin', 'wb') as file:
-        for ids, text in in_order(encode, pieces, os.cpu_count() or 1):
+        for ids, data in in_order(encode, texts, os.cpu_count() or 1):
             file.write(ids)
-            data = text.encode()
-            total, characters, size = total + len(ids), characters + len(text), size + len(data)
             sha.update(data)
+            total += len(ids)
+            size += len(data)
             if sys.stdout.isatty():
                 print(f'{size / 1e6:,.0f} MB\r', end='', flush=True)
-    if size > 1e6:
-        print(f'encoded {size / 1e6:,.1f} MB at {size / 1e6 / (time.time() - began):.1f} MB/s')
-    n_train = max(int(total * (1 - val_fraction)), total - VAL_MAX)
+            if settings['max_mb'] and size >= settings['max_mb'] * 1e6:
+                break
+    n_train = max(int(total * (1 - settings['val_fraction'])), total - VAL_MAX)
     if min(n_train, total - n_train) < 2:
-        raise ValueError(f'{", ".join(meta["sources"])}: {total:,} tokens are too few to learn from')
+        raise ValueError(f'{", ".join(meta["sources"])}: val_fraction {settings["val_fraction"]} leaves too '
+                         f'few tokens, {n_train:,} for training and {total - n_train:,} for validation')
     val = np.fromfile(new / 'train.bin', coder.dtype, offset=n_train * coder.dtype.itemsize)
     val.tofile(new / 'val.bin')
     os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
-    ids = val if coder.end_of_text is None else val[val != coder.end_of_text]
-    val_size = sum(len(coder.decode_bytes(ids[i:i + 50_000])) for i in range(0, len(ids), 50_000))
-    meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name, 'characters': characters,
+    val_size = len(coder.decode(val[val != coder.end_of_text]).encode())  # what separates is not in the text
+    meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name,
              'tokens': {'train': n_train, 'val': len(val)},
              'bytes': {'train': size - val_size, 'val': val_size},
              'source_sha256': sha.hexdigest()}
@@ -489,38 +435,25 @@ def fill(new, parts, meta):
 # ----------------------------------------------------------------------------
 # data/NAME/ -> batches
 
-class Tokens:
-    """The ids of a file, which stays open: a run goes on with it whatever becomes of its name. It is mapped
-    again for each read, as pages once read would count as memory."""
-
-    def __init__(self, path, dtype):
-        self.file, self.dtype = open(path, 'rb'), dtype
-        self.length = os.path.getsize(path) // dtype.itemsize
-
-    def __len__(self):
-        return self.length
-
-    def read(self, starts, length):
-        """(N,) int64 -> (N, length) int64"""
-        ids = np.memmap(self.file, self.dtype, 'r')
-        return ids[starts[:, None] + np.arange(length)].astype(np.int64)
+def data_sets():
+    """Names of what is prepared, the latest first."""
+    paths = sorted(DATA.glob('[!.]*/meta.json'), key=os.path.getmtime, reverse=True)
+    return [path.parent.name for path in paths]
 
 def load_dataset(name):
-    """A name in data/, or a folder -> its meta, train and val. ValueError for whatever is missing or wrong"""
-    folder = Path(name) if os.path.isdir(name) and not (DATA / name).exists() else DATA / name
-    typed = folder.name if folder.name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
-    if not (folder / 'meta.json').exists():
-        there = ', '.join(sorted(path.parent.name for path in DATA.glob('[!.]*/meta.json'))) or 'none'
-        raise ValueError(f'{folder} is missing (prepared: {there}): run "python prepare.py {typed}"')
+    """poems or data/poems -> its meta, train and val: arrays of ids that stay on disk, and readable even if
+    the files are replaced or deleted. ValueError where one is missing or damaged."""
+    folder = DATA / Path(name).name
     try:
         meta = json.loads((folder / 'meta.json').read_text('utf-8'))
-        coder = Tokenizer(meta['tokenizer'])
-        train, val = (Tokens(folder / f'{split}.bin', coder.dtype) for split in ('train', 'val'))
-        if {'train': len(train), 'val': len(val)} != meta['tokens'] or coder.vocab_size != meta['vocab_size']:
-            raise ValueError('its files do not fit together')
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{folder} is damaged ({error}): '
-                         f'run "python prepare.py {typed}"') from None
+        train, val = (np.memmap(folder / f'{split}.bin', meta['dtype'], 'r') for split in ('train', 'val'))
+        if {'train': len(train), 'val': len(val)} != meta['tokens']:
+            raise ValueError('cut short')
+    except (OSError, KeyError, ValueError):
+        there = ', '.join(data_sets()) or 'none'
+        text = name if name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
+        raise ValueError(f'{folder} is missing or damaged (prepared: {there}): '
+                         f'run "python prepare.py {text}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
 
 @functools.lru_cache(maxsize=2)
@@ -534,11 +467,9 @@ def window_starts(first_row, n_rows, n_tokens, block_size, seed):
     """(n_rows,) int64: where rows first_row, ... of the run begin. Nothing but the arguments counts."""
     if n_tokens <= block_size:
         raise ValueError(f'{n_tokens:,} tokens, but block_size {block_size} needs {block_size + 1}: lower it')
-    rows = np.arange(first_row, first_row + n_rows)
     n = max(n_tokens // block_size - 1, 1)
-    epochs = range(first_row // n, (first_row + n_rows - 1) // n + 1)
-    starts = [epoch_starts(e, n_tokens, block_size, seed)[rows[rows // n == e] % n] for e in epochs]
-    return np.concatenate(starts)
+    rows = range(first_row, first_row + n_rows)
+    return np.array([epoch_starts(row // n, n_tokens, block_size, seed)[row % n] for row in rows])
 
 def batches(tokens, first_row, rows, stride, block_size, seed, device):
     """Endless (x, y), each (rows, block_size) int64 on the device. A thread reads ahead, but not for the CPU,
@@ -546,7 +477,8 @@ def batches(tokens, first_row, rows, stride, block_size, seed, device):
     cuda = str(device).startswith('cuda')
 
     def read(row):
-        ids = tokens.read(window_starts(row, rows, len(tokens), block_size, seed), block_size + 1)
+        starts = window_starts(row, rows, len(tokens), block_size, seed)
+        ids = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
         pair = [torch.from_numpy(part.copy()) for part in (ids[:, :-1], ids[:, 1:])]
         return [part.pin_memory() for part in pair] if cuda else pair
 
@@ -563,32 +495,29 @@ def val_batches(tokens, block_size, rows, max_batches=0):
     picked = np.pad(picked, (0, -picks % rows), constant_values=len(tokens))
     for first in range(0, picks, rows):
         at = picked[first:first + rows, None] + np.arange(block_size + 1)  # (rows, block_size + 1)
-        ids = tokens.read(np.minimum(at, len(tokens) - 1).ravel(), 1).reshape(at.shape)
+        ids = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
         y = np.where(at < len(tokens), ids, -1)[:, 1:]
         yield torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(y.copy())
 
 # ----------------------------------------------------------------------------
 # what the user sees
 
-def show_list():
-    for path in sorted(DATA.glob('[!.]*/meta.json')):
-        meta = read_meta(path.parent)
-        if meta:
-            about = (f'{path.parent.name:16}  {meta["tokenizer"]["kind"]:4}  {meta["vocab_size"]:7,} ids  '
-                     f'{sum(meta["tokens"].values()):14,} tokens  from {" ".join(meta["sources"])}')
-            print(printable(about)[:100])
-    print(__doc__.rstrip())
+def describe(name):
+    """Three lines about a data set"""
+    meta = load_dataset(name).meta
+    train, val, size = meta['tokens']['train'], meta['tokens']['val'], sum(meta['bytes'].values())
+    return (f'{DATA / name}: {size:,} bytes from {" ".join(meta["sources"])[:99]}\n'
+            f'{meta["tokenizer"]["kind"]} tokenizer, vocabulary of {meta["vocab_size"]:,}, '
+            f'{size / (train + val):.2f} bytes per token\n'
+            f'{train:,} tokens for training, {val:,} for validation')
 
 def show_info(name):
+    """What describe() says, and how both splits begin"""
     data = load_dataset(name)
     coder = Tokenizer(data.meta['tokenizer'])
-    length = min(len(data.train), 400 if coder.kind == 'char' else 100)
-    start = np.random.default_rng().integers(len(data.train) - length + 1)
-    first, other = (coder.decode(data.train.read(np.array([at]), length)[0]) for at in (0, start))
-    text = (f'{describe(DATA / name, data.meta)}\n\n--- how it begins\n{first}\n\n'
-            f'--- a random passage, from token {start:,}\n{other}')
-    for line in printable(text).split('\n'):
-        print(*regex.findall('.{1,100}', line) or [''], sep='\n')
+    print(describe(name))
+    for split, ids in ('training', data.train[:300]), ('validation', data.val[:300]):
+        print(f'\n--- the text for {split} begins\n{printable(coder.decode(ids))}')
 
 if __name__ == '__main__':
     set_up_output()
@@ -599,4 +528,4 @@ if __name__ == '__main__':
         elif sources:
             prepare(sources, name, tokenizer, vocab_size, val_fraction, max_mb, overwrite)
         else:
-            show_list()
+            print(*map(describe, data_sets()), __doc__.rstrip(), sep='\n')

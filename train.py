@@ -22,7 +22,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -37,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 import prepare
-from configurator import ask, check, choose, configure, plain_errors, read_block, set_up_output, stop
+from configurator import ask, check, choose, configure, plain_errors, set_up_output, stop
 from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, load_optimizer, make_optimizer,
                    presets, save_checkpoint)
 
@@ -97,86 +96,82 @@ seed = 1337  # of weights, batches and dropout
 KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
 RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
 COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
+ANY, RATE, SHARE = (0, 10**12), (0, 10), (0, 0.999999)
+RANGES = dict(
+    max_iters=(1, 10**12), batch_size=(1, 10**12), log_interval=(1, 10**12), eval_interval=(1, 10**12),
+    tokens_per_update=ANY, eval_iters=ANY, warmup_iters=ANY, lr_decay_iters=ANY, patience=ANY,
+    sample_interval=ANY, seed=ANY, minutes=ANY, grad_clip=ANY, learning_rate=RATE, muon_learning_rate=RATE,
+    weight_decay=RATE, beta1=SHARE, beta2=SHARE, muon_momentum=SHARE, cooldown=(0, 1), threads=(0, 1024),
+)
 
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
 
-def data_sets():
-    """Names of what is prepared, the latest first."""
-    paths = sorted(prepare.DATA.glob('[!.]*/meta.json'), key=os.path.getmtime, reverse=True)
-    return [path.parent.name for path in paths]
+def alive(text):
+    """On a terminal, a line that the next one replaces: that the program lives."""
+    if master and sys.stdout.isatty():
+        print(f'{text}\r', end='', flush=True)
+
+def peak_memory():
+    return f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
+
+def prepare_missing(name):
+    if name in KNOWN and name not in prepare.data_sets():
+        prepare.prepare([name])
 
 def show_status():
     """Versions, device, data sets, runs, and the command that comes next."""
     print(hardware.table())
-    print('\ndata sets in data/:', ', '.join(data_sets()) or 'none yet (python prepare.py FILE makes one)')
+    print('\ndata sets in data/:', ', '.join(prepare.data_sets()) or 'none yet (python prepare.py FILE makes one)')
     command = 'python train.py config/train_shakespeare_quick.py'
     for path in sorted(glob.glob('out*/ckpt.pt'), key=os.path.getmtime):
         folder = os.path.dirname(path)
-        saved = time.strftime('%Y-%m-%d %H:%M', time.localtime(os.path.getmtime(path)))
         try:
             run = load_checkpoint(path)
-            wanted = run['config'].get('max_iters', 0)
-            loss = f'best validation loss {run["best_val_loss"]:.4f}'
-            if run['best_val_loss'] == math.inf:
-                loss = 'not evaluated yet'
-            print(f'run in {folder}: {run["config"].get("dataset")}, update {run["iter_num"]} of {wanted}, '
-                  f'{loss}, saved {saved}')
-            script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
-            command = f'python {script} --out_dir={shlex.quote(folder)}'
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             print(f'run in {folder}: {error}')
+            continue
+        wanted, loss = run['config']['max_iters'], f'best validation loss {run["best_val_loss"]:.4f}'
+        if run['best_val_loss'] == math.inf:
+            loss = 'not evaluated yet'
+        print(f'run in {folder}: {run["config"]["dataset"]}, update {run["iter_num"]} of {wanted}, {loss}')
+        script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
+        command = f'python {script} --out_dir={shlex.quote(folder)}'
     print(f'next: {command}')
 
 def interview():
-    """Ask for the main settings, write config/my_NAME.py, show what that run would take, start it if told
-    to."""
+    """Ask for the main settings, write config/my_NAME.py, and start that run if told to."""
     def prepared(name):
-        if name not in data_sets():
+        if name not in prepare.data_sets():
             prepare.prepare([name])
 
-    def at_least_one(number):
-        if number < 1:
-            raise ValueError('at least 1')
-
-    def not_negative(number):
-        if number < 0:
-            raise ValueError('0 or more')
-
-    def fits_heads(n_embd):
-        GPTConfig(n_head=chosen['n_head'], n_embd=n_embd)
+    def above_zero(number):
+        if not number > 0:
+            raise ValueError('more than 0')
 
     def path_of(name):
-        return os.path.join('config', f'my_{re.sub("[^A-Za-z0-9_-]+", "_", name).removeprefix("my_")}.py')
+        return os.path.join('config', f'my_{re.sub("[^A-Za-z0-9_-]+", "_", name)}.py')
 
     def is_new(name):
         if os.path.exists(path_of(name)):
             raise ValueError(f'{path_of(name)} exists already')
 
     print(hardware.table())
-    known = [*data_sets(), *KNOWN]
-    chosen = {'device': ask('device', hardware.pick_device(), hardware.pick_device)}
-    answer = ask(f'data set ({", ".join(dict.fromkeys(known))}) or the path of a text', known[0], prepared)
-    chosen['dataset'] = answer if answer in data_sets() else prepare.make_name(answer)
-    chosen['minutes'] = ask('minutes (0: choose the size of the model and the length of the run yourself)', 5.0,
-                            not_negative)
-    if not chosen['minutes']:
-        chosen['n_layer'] = ask('layers', 4, at_least_one)
-        chosen['n_head'] = ask('heads', 4, at_least_one)
-        chosen['n_kv_head'] = chosen['n_head']
-        chosen['n_embd'] = ask('width', 48 * chosen['n_head'], fits_heads)
-        chosen['max_iters'] = ask('updates', 1000, at_least_one)
-    path = path_of(ask('name of the run', chosen['dataset'], is_new))
-    chosen['out_dir'] = os.path.basename(path).removesuffix('.py').replace('my_', 'out-', 1)
+    known = list(dict.fromkeys([*prepare.data_sets(), *KNOWN]))
+    device = ask('device', hardware.pick_device(), hardware.pick_device)
+    answer = ask(f'data set ({", ".join(known)}) or the path of a text', known[0], prepared)
+    dataset = answer if answer in prepare.data_sets() else prepare.make_name(answer)
+    minutes = ask('minutes that training may take', 5.0, above_zero)
+    name = ask('name of the run', dataset, is_new)
+    path, out_dir = path_of(name), os.path.basename(path_of(name))[:-3].replace('my_', 'out-', 1)
     os.makedirs('config', exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
-        file.write(f'# python train.py {path}; all settings: python train.py --help\n')
-        file.writelines(f'{name} = {value!r}\n' for name, value in chosen.items())
-    print(f'\n{path} is written. A few real updates, to see what it takes:\n', flush=True)
-    failed = subprocess.run([sys.executable, __file__, path, '--dry_run']).returncode
-    if failed or not ask('\nstart it now', True):
+        file.write(f'# python train.py {path}; all settings: python train.py --help\n'
+                   f'device = {device!r}\ndataset = {dataset!r}\nminutes = {minutes!r}\nout_dir = {out_dir!r}\n')
+    print(f'{path} is written')
+    if not ask('start it now', True):
         print(f'later: python train.py {path}')
-        sys.exit(failed)
+        sys.exit()
     os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
 
 # ----------------------------------------------------------------------------
@@ -210,25 +205,14 @@ config = {**configure(GPTConfig, __file__, saved=defaults), 'resume': config['re
 config['compile'] = config['compile'].lower()
 globals().update(config)
 with plain_errors():
-    for name in ('max_iters', 'batch_size', 'log_interval', 'eval_interval'):
-        check(config, name, 1, 10**12)
-    for name in ('tokens_per_update', 'eval_iters', 'warmup_iters', 'lr_decay_iters', 'patience',
-                 'sample_interval', 'seed', 'minutes', 'grad_clip'):
-        check(config, name, 0, 10**12)
-    for name in ('learning_rate', 'muon_learning_rate', 'weight_decay'):
-        check(config, name, 0, 10)
-    for name in ('beta1', 'beta2', 'muon_momentum'):
-        check(config, name, 0, 0.999999)
-    check(config, 'cooldown', 0, 1)
+    for name, (low, high) in RANGES.items():
+        check(config, name, low, high)
     check(config, 'min_lr', 0, learning_rate)
-    check(config, 'threads', 0, 1024)
     choose(config, 'optimizer', ('muon', 'adamw'))
     choose(config, 'lr_schedule', ('cosine', 'linear'))
     choose(config, 'compile', ('auto', 'true', 'false'))
     if lr_decay_iters:
         check(config, 'lr_decay_iters', warmup_iters + 1, 10**12)
-if dry_run:
-    log_interval = 2
 
 # ----------------------------------------------------------------------------
 # device, and the other processes if torchrun started several
@@ -255,10 +239,6 @@ if device == 'cpu' and threads == 0 and world_size == 1:
 
 # ----------------------------------------------------------------------------
 # data
-
-def prepare_missing(name):
-    if name in KNOWN and name not in data_sets():
-        prepare.prepare([name])
 
 with plain_errors():
     if master and not dry_run:
@@ -309,9 +289,10 @@ def settings_for(seconds):
         weight_decay=0.0, eval_interval=updates, eval_iters=200,
     )
 
+dial = {}
 if minutes and saved:
     say(f'note    --minutes sizes a new run: the one from {source} keeps its max_iters')
-if minutes and not saved:
+elif minutes:
     dial = settings_for(60 * minutes)
     chosen = configure(GPTConfig, __file__, saved={**defaults, **dial})
     config.update({name: chosen[name] for name in dial})
@@ -373,58 +354,33 @@ if tokens_per_update % micro_tokens:
          f'x block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
-# batches, and what to do where memory, disk or data give out
-
-def alive(text):
-    """On a terminal, a line that the next one replaces: that the program lives."""
-    if master and sys.stdout.isatty():
-        print(f'{text}\r', end='', flush=True)
-
-def training_batches():
-    """Micro-batches of this process from the next update on. Sequences are numbered through the run, and an
-    update takes the next tokens_per_update / block_size of them, whichever way they are shared out."""
-    first = tokens_seen // block_size + rank * batch_size
-    return prepare.batches(data.train, first, batch_size, world_size * batch_size, block_size, seed, device)
-
-def out_of_memory(error):
-    """Whether it says so, in whatever words the device has for it."""
-    words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED"
-    return bool(re.search(words, f'{type(error).__name__}: {error}'))
-
-def halve_the_batch():
-    """After out of memory: smaller micro-batches, more of them, for the same update."""
-    global n_micro, batch_size
-    smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-    n_micro, batch_size = n_micro * batch_size // smaller, smaller
-    say(f'out of memory: from here {n_micro} micro-batches of {batch_size} sequences make the same update')
-    optimizer.zero_grad(set_to_none=True)
-
-def what_is_left():
-    """The checkpoint that a run which ends by an error leaves."""
-    if os.path.exists(ckpt_path):
-        return f'{ckpt_path} is from before it, whole'
-    return 'there is no checkpoint yet'
+# a few real updates: whether they fit into memory, and how long they take
 
 @contextlib.contextmanager
 def last_words():
     """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, OSError):
-            stop(f'{error.filename}: {error.strerror}; {what_is_left()}' if error.filename else
-                 f'{error}; {what_is_left()}')
+    except OSError as error:
+        where = f'{error.filename}: {error.strerror}' if error.filename else error
+        stop(f'{where}; {what_is_left()}')
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. '
              f'Weights, gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, '
              'block_size or model, or --gradient_checkpointing')
 
-# ----------------------------------------------------------------------------
-# how many updates, compiled or not: by a few real updates
+def what_is_left():
+    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+
+def out_of_memory(error):
+    """Whether it says so, in whatever words the device has for it."""
+    words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED"
+    return bool(re.search(words, f'{type(error).__name__}: {error}'))
 
 def trial():
-    """One update of a micro-batch -> its seconds."""
+    """One update of one micro-batch -> its seconds."""
     begin = time.perf_counter()
     x, y = next(prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device))
     with hardware.autocast(device, dtype):
@@ -435,27 +391,26 @@ def trial():
     hardware.synchronize(device)
     return time.perf_counter() - begin
 
-seconds = 0.0  # of an update; 0: not known
-if not eval_only and (minutes or compile == 'auto'):
-    weights = [p.detach().clone() for p in model.parameters()]
+for group in optimizer.param_groups:
+    group['lr'] = 0.0  # the trial changes no weight
+seconds = 0.0  # of an update
+while not seconds and not eval_only:
     with last_words():
-        while not seconds:
-            try:
-                seconds = min(trial(), trial())
-            except (RuntimeError, MemoryError) as error:
-                if batch_size == 1 or world_size > 1 or not out_of_memory(error):
-                    raise
-                halve_the_batch()
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), weights)
-    optimizer.state.clear()
-    weights = None
-    seconds *= n_micro
-    if world_size > 1:
-        slowest = torch.tensor(seconds, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        seconds = slowest.item()
-if minutes and not saved:
+        try:
+            seconds = n_micro * min(trial(), trial())
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or world_size > 1 or not out_of_memory(error):
+                raise
+            optimizer.zero_grad(set_to_none=True)
+            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+            n_micro, batch_size = n_micro * batch_size // smaller, smaller
+            say(f'out of memory: {n_micro} micro-batches of {batch_size} sequences make the same update')
+optimizer.state.clear()
+if world_size > 1:
+    slowest = torch.tensor(seconds, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    seconds = slowest.item()
+if dial and not eval_only:
     left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
     if max_iters == dial['max_iters']:  # not given by a flag or a config file
         max_iters = max(1, int(left / seconds))
@@ -470,7 +425,7 @@ if resume:
 saved = None
 problem = ''  # why not to compile
 if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
-    if dry_run or seconds * (max_iters - step) < (1200 if device == 'cpu' else 120):
+    if seconds * (max_iters - step) < (1200 if device == 'cpu' else 120):
         problem = 'compiling would take longer than it saves'
 if compile != 'false' and not problem:
     problem = hardware.compile_problem(device)
@@ -478,6 +433,7 @@ compile = 'false' if problem else compile.replace('auto', 'true')
 # what a resumed run keeps to
 config.update(minutes=0.0, threads=threads, max_iters=max_iters, eval_interval=eval_interval, compile=compile,
               tokens_per_update=tokens_per_update)
+expected = seconds  # of an update
 peak, peak_origin = hardware.peak_flops(device, dtype)
 if not peak:
     peak, peak_origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
@@ -506,6 +462,10 @@ if epochs > 20:
     say(f'note    reading a text {epochs:.0f} times may learn it by heart: fewer max_iters, or --patience=3')
 if device == 'cpu' and seconds * (max_iters - step) > 3600:
     say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run of ten')
+if dry_run:
+    say(f'dry run: {max_iters - step} updates would take about {clock(seconds * (max_iters - step))}, evaluation '
+        f'aside; {peak_memory()}; nothing was written')
+    sys.exit()
 if compile == 'true':
     alive('compiling: a minute or so ...')
     torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs, with torch's warning
@@ -535,15 +495,12 @@ def evaluate():
     """Mean loss per token of the validation split, each process reading its share."""
     raw_model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-    rows = max(2 * config['batch_size'], 4096 // block_size)
-    fit = max(2 * batch_size, 4096 // block_size)  # less memory than an update of micro-batches of batch_size
-    every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
-    for batch in itertools.islice(every_batch, rank, None, world_size):
-        for x, y in zip(*(part.split(fit) for part in batch)):
-            with hardware.autocast(device, dtype):
-                loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
-            n = (y != -1).sum().item()
-            total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+    every_batch = prepare.val_batches(data.val, block_size, max(batch_size, 4096 // block_size), eval_iters)
+    for x, y in itertools.islice(every_batch, rank, None, world_size):
+        with hardware.autocast(device, dtype):
+            loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
+        n = (y != -1).sum().item()
+        total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
     raw_model.train()
     if world_size > 1:
         total = total.to(device, torch.float32)
@@ -593,6 +550,21 @@ def not_finite(at, what):
     sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
              'Try a lower learning rate, more warmup_iters, or --dtype=float32')
 
+def log_row(train_loss, grad_norm, seconds):
+    """Print the line of an interval, whose updates took so many seconds each -> its row of log.csv."""
+    global expected
+    speed = tokens_per_update / seconds
+    mfu = raw_model.flops_per_token() * speed / (peak * world_size)
+    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
+        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+        f'{clock((max_iters - step) * seconds)} left')
+    if device == 'cpu' and seconds > 3 * expected:
+        say(f'note    updates take {seconds / expected:.0f} times as long as at the start: another program uses '
+            'the cores; if it goes on, Ctrl-C and then --resume --threads=1')
+        expected = math.inf  # say it once
+    since = elapsed + time.time() - began
+    return [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
+
 def write_log(row, lasting):
     """A row of log.csv; lasting: on the disk before the checkpoint is."""
     with open(log_path, 'a', encoding='utf-8', newline='') as file:
@@ -626,19 +598,12 @@ def plot():
     title = f'{dataset}, {size}: {best_val_loss:.4f} at update {best_step}'
     axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
     axes.legend()
-    try:
-        figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
-    except OSError as error:
-        print(f'loss.png could not be drawn: {error}')
+    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
     pyplot.close(figure)
 
 def open_run():
     """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the
     lock."""
-    for mark in ('*.py', 'meta.json', '*/meta.json'):
-        found = glob.glob(os.path.join(glob.escape(out_dir), mark))
-        if found:
-            stop(f'out_dir {out_dir} holds {found[0]}, which is not part of a run: choose another --out_dir')
     os.makedirs(out_dir, exist_ok=True)
     lock = filelock.FileLock(os.path.join(out_dir, '.lock'))
     try:
@@ -652,19 +617,21 @@ def open_run():
              'free some, or choose another --out_dir')
     older = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
     if older and not resume:
-        base = os.path.abspath(out_dir)
-        aside = next(path for i in itertools.count(1) if not os.path.exists(path := f'{base}-{i}'))
+        number = 1
+        while os.path.exists(f'{os.path.abspath(out_dir)}-{number}'):
+            number += 1
+        aside = f'{os.path.abspath(out_dir)}-{number}'
         os.mkdir(aside)
         for name in older:
             shutil.move(os.path.join(out_dir, name), aside)
         print(f'kept    the run that was in {out_dir} is in {os.path.relpath(aside)} now')
-    rows = []
+    rows = [COLUMNS]
     if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
         with open(log_path, encoding='utf-8', newline='') as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-        rows = [row for row in rows if int(row[0]) <= step]
+            complete = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+        rows += [row for row in complete if int(row[0]) <= step]
     with open(log_path + '.part', 'w', encoding='utf-8', newline='') as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+        csv.writer(file).writerows(rows)
     os.replace(log_path + '.part', log_path)
     return lock
 
@@ -676,11 +643,10 @@ if eval_only:
         val_loss = evaluate()
     say(f'validation loss {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte')
     sys.exit()
-writing = master and not dry_run
-if writing:
+if master:
     with plain_errors():
         lock = open_run()
-if wandb_log and writing:
+if wandb_log and master:
     try:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
@@ -707,8 +673,11 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
 # ----------------------------------------------------------------------------
 # the loop
 
-batches, recent, stopped_early, interrupted = training_batches(), [], False, False
-first_step, logged_step, logged_at, fastest = step, step, time.time(), math.inf
+# sequences are numbered through the run: an update takes the next ones, whichever way they are shared out
+first_row = tokens_seen // block_size + rank * batch_size
+batches = prepare.batches(data.train, first_row, batch_size, world_size * batch_size, block_size, seed, device)
+recent, stopped_early, interrupted = [], False, False
+first_step, logged_step, logged_at = step, step, time.time()
 raw_model.train()
 gc.collect()
 gc.freeze()  # what lives until the end need not be looked through again and again
@@ -723,23 +692,15 @@ with last_words():
         # accumulate the gradients of one update
         # dropout depends on the update alone, not on what came before
         torch.manual_seed(seed + 1000003 * (step + 1) + rank)
-        try:
-            loss = torch.zeros((), device=device)
-            for micro in range(n_micro):
-                x, y = next(batches)
-                if world_size > 1:
-                    model.require_backward_grad_sync = micro == n_micro - 1
-                with hardware.autocast(device, dtype):
-                    micro_loss = model(x, y, return_logits=False)[1] / n_micro
-                scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or world_size > 1 or not out_of_memory(error):
-                raise
-            loss = micro_loss = x = y = None
-            halve_the_batch()
-            batches = training_batches()
-            continue
+        loss = torch.zeros((), device=device)
+        for micro in range(n_micro):
+            x, y = next(batches)
+            if world_size > 1:
+                model.require_backward_grad_sync = micro == n_micro - 1
+            with hardware.autocast(device, dtype):
+                micro_loss = model(x, y, return_logits=False)[1] / n_micro
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
 
         # step
         scaler.unscale_(optimizer)
@@ -752,31 +713,18 @@ with last_words():
         recent.append((loss, norm))
 
         # log
-        evaluating, logging = step % eval_interval == 0 or step == max_iters, step % log_interval == 0
+        evaluating = step % eval_interval == 0 or step == max_iters
         interrupted = signalled() and step < max_iters
-        if not (evaluating or logging or interrupted):
+        if not (evaluating or interrupted or step % log_interval == 0):
             alive(f'update {step}')
             if step == first_step + 1:  # the first takes longer: it may compile
                 logged_step, logged_at = step, time.time()
             continue
         train_loss, grad_norm = read_recent()
-        seconds = (time.time() - logged_at) / max(1, step - logged_step)
-        speed = tokens_per_update / seconds
-        mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-        since = elapsed + time.time() - began
-        row = [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
-        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  '
-            f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
-            f'{clock((max_iters - step) * seconds)} left')
-        if device == 'cpu' and seconds > 3 * fastest:
-            say(f'note    updates take {seconds / fastest:.0f} times as long as before: another program uses '
-                'the cores; if it goes on, Ctrl-C and then --resume --threads=1')
-        fastest = min(fastest, seconds) if seconds < 3 * fastest else math.inf  # say it once
-        if dry_run and step - first_step >= 2 * log_interval:
-            break
+        row = log_row(train_loss, grad_norm, (time.time() - logged_at) / max(1, step - logged_step))
 
         # evaluate and save
-        if evaluating and not dry_run:
+        if evaluating:
             alive('evaluating ...')
             val_loss = evaluate()
             if not math.isfinite(val_loss):
@@ -789,7 +737,7 @@ with last_words():
                 rising = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}')
             stopped_early = 0 < patience <= (step - best_step) // eval_interval
-        if writing:
+        if master:
             write_log(row, lasting=evaluating or interrupted)
             if evaluating and better:
                 save_checkpoint(best_path, state())
@@ -805,17 +753,12 @@ with last_words():
 # the end
 
 where = f' --out_dir={shlex.quote(out_dir)}' if out_dir != 'out' else ''
-memory = f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
-if dry_run:
-    whole_run = clock((max_iters - first_step) * seconds)
-    say(f'dry run: {max_iters - first_step} updates would take about {whole_run}, evaluation aside; {memory}; '
-        'nothing was written')
-elif interrupted:
+if interrupted:
     say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{where}')
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
-    say(f'done    in {clock(elapsed + time.time() - began)}, {memory}; the best validation loss is '
+    say(f'done    in {clock(elapsed + time.time() - began)}, {peak_memory()}; the best validation loss is '
         f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
     if val_loss > train_loss + 1:
         say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the text '
