@@ -421,10 +421,10 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def inverse_root(gram):
     """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values
-    between 0.3 and 1.4 (all but the smallest), so it is about the nearest orthogonal matrix. These are the
-    first three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times
-    0.733; a fourth made training slower and no better. It wants float32 (TF32 will do): in bfloat16 a
-    spectrum over two decades came out wrong by 18 %."""
+    between 0.1 and 1.4, most of them near 1, so it is about the nearest orthogonal matrix. These are the first
+    three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times 0.733; a
+    fourth made training slower and no better. It wants float32 (TF32 will do): in bfloat16 a spectrum over two
+    decades came out wrong by 18 %."""
     steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (2.8944, -2.1322, 0.4045))
     root = None
     for a, b, c in steps:

@@ -402,7 +402,7 @@ def test_muon_makes_a_matrix_nearly_orthogonal():
     x = (u * sizes @ v.mT) / sizes.norm()
     made = u.mT @ gpt.inverse_root(x @ x.mT) @ x @ v
     values = made.diagonal(dim1=1, dim2=2)
-    assert values[:, 6:].min() > 0.4 and 0.1 < values.min() and values.max() < 1.4
+    assert 0.1 < values.min() and values.max() < 1.4 and 0.8 < values.mean() < 1.1
     torch.testing.assert_close(made, values.diag_embed(), atol=1e-3, rtol=0)
 
 def test_matrices_decay_and_nothing_else_does():
@@ -697,7 +697,7 @@ def updates_lost(kills, *flags):
     for life in range(kills + 1):
         first = '--resume' if checkpoint.exists() else 'tiny.py'
         with process(script('train.py', first, *flags)) as child:
-            lines = itertools.islice(child.stdout, rng.randint(1, 20) if life < kills else None)
+            lines = itertools.islice(child.stdout, rng.randint(8, 20) if life < kills else None)
             said = ''.join(lines)  # 6 or so precede update 1
             if life < kills:
                 time.sleep(rng.uniform(0, 0.06))  # seconds: two or three updates, or the middle of a save
@@ -840,7 +840,7 @@ def test_looking_writes_nothing(place, command, says):
 
 def test_patience_stops_a_run_that_no_longer_gets_better_and_resuming_it_too(place):
     out, _ = call_script('train.py', 'tiny.py', '--learning_rate=0', '--muon_learning_rate=0', '--patience=2')
-    assert 'stopped at update 9' in out and column('out', 'iter')[-1] == 9
+    assert 'stopped at update 9' in out and update_of('out/ckpt.pt') == 9 and update_of('out/best.pt') == 3
     assert 'patience' in call_script('train.py', '--resume', status=2)[1]
     assert 'stopped at update 12' in call_script('train.py', '--resume', '--patience=3')[0]
 
