@@ -752,7 +752,7 @@ def load_folder(folder, device='cpu'):
 
 FAST = True
 LARGE = 2**20  # elements from which fast_recompute pays
-MANY_LOGITS = 2**24  # from which fast_loss makes them in slices
+MANY_LOGITS = 2**24  # the most that fast_loss makes at once on a CPU; on a GPU sixteen times as many
 
 def one_query_attention(q, k, v, mask):
     """attention() of one query a head, as when sampling: the heads that share keys take the place of T, so that
@@ -810,14 +810,13 @@ def fast_recompute(function, x):
     return function(x)
 
 class LossInSlices(torch.autograd.Function):
-    """loss(x, targets) as a sum over slices of rows of x (N, C) and targets (N,), each with its gradients at
-    once, so that all logits never exist together. weights are the parameters that loss may use."""
+    """loss(x, targets) as a sum over slices of so many rows of x (N, C) and targets (N,), each with its
+    gradients at once, so that all logits never exist together. weights are the parameters that loss may use."""
 
     @staticmethod
-    def forward(ctx, loss, x, targets, *weights):
+    def forward(ctx, loss, rows, x, targets, *weights):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grads = torch.empty_like(x), [None] * len(weights)
-        rows = min(8192, max(256, math.ceil(len(x) / 16)))
         for i in range(0, len(x), rows):
             part = x[i : i + rows].detach().requires_grad_()
             with torch.enable_grad():
@@ -837,20 +836,21 @@ class LossInSlices(torch.autograd.Function):
     def backward(ctx, grad):
         # in place: a second backward is an error
         grad_x, *grads = (saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
-        return None, grad_x, None, *grads
+        return None, None, grad_x, None, *grads
 
 @torch.compiler.disable
-def loss_in_slices(loss, x, targets, model):
-    return LossInSlices.apply(loss, x, targets, *(p for p in model.parameters() if p.requires_grad))
+def loss_in_slices(loss, rows, x, targets, model):
+    return LossInSlices.apply(loss, rows, x, targets, *(p for p in model.parameters() if p.requires_grad))
 
 def fast_loss(loss, x, targets, model):
     """loss(x, targets), a sum over rows of x (B, T, C) and targets (B, T)."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    if not FAST or len(x) * model.config.vocab_size <= MANY_LOGITS:
+    rows = (MANY_LOGITS if x.is_cpu else 16 * MANY_LOGITS) // model.config.vocab_size + 1
+    if not FAST or len(x) <= rows:
         return loss(x, targets)
     if torch.is_grad_enabled():
-        return loss_in_slices(loss, x, targets, model)
-    return sum(loss(*part) for part in zip(x.split(512), targets.split(512)))
+        return loss_in_slices(loss, rows, x, targets, model)
+    return sum(loss(*part) for part in zip(x.split(rows), targets.split(rows)))
 
 @functools.cache
 def shares(n, parts):
