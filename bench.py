@@ -68,14 +68,13 @@ sources = GPTConfig, os.path.join(os.path.dirname(__file__), 'train.py'), __file
 config = configure(*sources)
 with plain_errors():
     choose(config, 'model_preset', presets)
+    choose(config, 'compile', ('auto', 'true', 'false'))
     config = configure(*sources, saved={**presets[config['model_preset']], 'vocab_size': 0})
     globals().update(config)
     for name in ('updates', 'decode_batch', 'decode_tokens', 'batch_size'):
         check(config, name, 1, 10**9)
     device = hardware.pick_device(device)
     dtype = hardware.pick_dtype(device, dtype)
-    if ':' in device:
-        torch.get_device_module(device).set_device(device)
     hardware.set_up(device, threads)
     if report:
         print_report()
@@ -87,7 +86,7 @@ with plain_errors():
     model = raw_model = GPT(model_config).to(device)
     optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate,
                                muon_momentum, weight_decay)
-    if compile.lower() == 'true':
+    if compile == 'true':
         problem = hardware.compile_problem(device)
         if problem:
             raise ValueError(f'torch.compile does not work here: {problem}')
@@ -114,13 +113,15 @@ def update():
     loss.backward()
     done()
     torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf'))
-    optimizer.step()
+    with hardware.autocast(device, dtype):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     done()
     return [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 
-for _ in range(2):
-    update()
+with plain_errors():  # of the data
+    for _ in range(2):
+        update()
 if profile:
     with torch.profiler.profile() as profiler:
         update()
@@ -133,8 +134,6 @@ ms = dict(zip(PARTS, zip(*times)))
 ms['all'] = [sum(parts) for parts in times]
 peak_memory = hardware.peak_memory(device)
 peak, origin = hardware.peak_flops(device, dtype)
-if not peak:
-    peak, origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
 tokens_per_sec = batch_size * block_size / median(ms['all']) * 1000
 mfu = raw_model.flops_per_token() * tokens_per_sec / peak
 
@@ -175,4 +174,5 @@ print(f'          ms per update {spread(ms["all"])}: {parts}')
 print(f'prefill   {f["prefill_tokens_per_sec"]:,.0f} tokens/s, {decode_batch} x {block_size // 2} tokens')
 print(f'decoding  {f["decode_tokens_per_sec"]:,.0f} tokens/s, {spread(steps)} ms a step at batch '
       f'{decode_batch}, context {block_size // 2}')
-print(f'          reads {weights / 1e6:,.1f} MB a step, {bandwidth_share:.0%} of the {bandwidth / 1e9:.1f} GB/s of plain reading')
+print(f'          reads {weights / 1e6:,.1f} MB a step, {bandwidth_share:.0%} of plain reading, '
+      f'{bandwidth / 1e9:.1f} GB/s')

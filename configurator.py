@@ -35,7 +35,7 @@ def plain_errors():
     try:
         yield
     except ImportError as error:
-        stop(f'this needs one more package: pip install {error.name}')
+        stop(f'{error}: pip install {error.name}' if error.name else error)
     except (ValueError, OSError) as error:
         path = getattr(error, 'filename', None)
         stop(f'{path}: {error.strerror}' if path else error)
@@ -59,7 +59,7 @@ def set_up_output():
 
 def read_block(source):
     """Settings of a dataclass or of the script at a path -> ({name: default}, {name: comment}, docstring)."""
-    doc = ''
+    defaults, doc = {}, ''
     if isinstance(source, type):
         text = '\n'.join(inspect.getsource(cls) for cls in source.__mro__[:-1])
         defaults = {field.name: field.default for field in dataclasses.fields(source)}
@@ -67,7 +67,6 @@ def read_block(source):
         text = Path(source).read_text(encoding='utf-8')
         tree = ast.parse(text)
         doc = ast.get_docstring(tree) or ''
-        defaults = {}
         for node in tree.body:
             calls = [ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)]
             if 'configure' in calls:
@@ -173,7 +172,7 @@ def ask(question, default, check=None):
     while True:
         try:
             text = input(f'{question} [{default}] ').strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: there is no stdin
             stop('no answer (is this a terminal?): each question is also a flag, see --help')
         try:
             value = checked('the answer', parse(text, default) if text else default, default)

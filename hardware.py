@@ -79,7 +79,7 @@ def devices():
         return ['cpu'], 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
     names = [f'{gpu.type}:{i}' for i in range(torch.accelerator.device_count())]
     if torch.version.cuda:  # not the cards that are older than all that this PyTorch is built for
-        oldest = min(int(re.sub(r'\D', '', arch)) for arch in torch.cuda.get_arch_list())
+        oldest = min((int(re.sub(r'\D', '', arch)) for arch in torch.cuda.get_arch_list()), default=0)
         names = [name for name in names if int('%d%d' % torch.cuda.get_device_capability(name)) >= oldest]
     return [*names, 'cpu'], '' if names else 'this PyTorch is built for newer cards'
 
@@ -122,6 +122,8 @@ def pick_dtype(device, wish='auto'):
 
 def set_up(device, threads=0):
     """TF32 for float32 products on a GPU; on the CPU the number of threads (0: torch's own) and malloc."""
+    if ':' in device:
+        torch.get_device_module(device).set_device(device)
     torch.set_num_threads(threads or torch.get_num_threads())
     precision = 'high'
     if kind(device) == 'cpu':
@@ -177,9 +179,11 @@ def device_name(device):
     return f'{name}, {threads} thread{"" if threads == 1 else "s"}'
 
 def peak_flops(device, dtype):
-    """(FLOP/s, 'vendor') from the table, or (0.0, 'unknown'), as it is for float32."""
+    """(FLOP/s, where from): the vendor's figure, or for float32 and unknown devices a measured one."""
     teraflops = PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
-    return (1e12 * teraflops, 'vendor') if teraflops and dtype != 'float32' else (0.0, 'unknown')
+    if teraflops and dtype != 'float32':
+        return 1e12 * teraflops, 'vendor'
+    return measure_flops(device, dtype), 'measured: a large matrix product'
 
 def fastest(device, work):
     """Seconds, the least of twelve tries."""
@@ -202,8 +206,7 @@ def describe(device):
     if kind(device) in ('cuda', 'xpu'):
         free, total = torch.get_device_module(device).mem_get_info(device)
     return {'device': device, 'name': device_name(device), 'dtypes': ' '.join(dtypes(device)),
-            'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1),
-            'peak_tflops': peak_flops(device, 'float16')[0] / 1e12 or 'unknown'}
+            'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1)}
 
 def report():
     there, no_gpu = devices()

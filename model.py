@@ -31,7 +31,7 @@ class GPTConfig:
     n_kv_head: int = 0  # key and value heads, a divisor of n_head; 0: as many as query heads
     n_embd: int = 384  # width
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
-    mlp_ratio: float = 2.66  # hidden width over n_embd (SwiGLU has three matrices: 8/3 costs what 4 costs GELU)
+    mlp_ratio: float = 2.66  # hidden width over n_embd (SwiGLU's three matrices: 8/3 costs what 4 costs GELU)
     dropout: float = 0.0  # of embeddings and of what blocks add; 0.1 to 0.3 where the data is seen many times
     bias: bool = False  # biases in the linear layers and LayerNorm
     use_rms_norm: bool = True  # RMSNorm; false: LayerNorm
@@ -85,9 +85,9 @@ presets = {
     'large': dict(block_size=2048, vocab_size=32768, n_layer=28, n_head=16, n_kv_head=4, n_embd=1024),
 }
 
-def config_from(settings, cls=GPTConfig, **changes):
+def config_from(settings, **changes):
     """The GPTConfig of a script's settings, which have a value for each of its fields."""
-    return cls(**{field.name: settings[field.name] for field in fields(cls)} | changes)
+    return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)} | changes)
 
 # ----------------------------------------------------------------------------
 # The model
@@ -239,7 +239,7 @@ class GPT(nn.Module):
                 x = self.trunk(part, cache)
             return self.logits(x[:, -1:]), None
         if input_ids.size(1) > self.config.block_size:
-            raise ValueError(f'{input_ids.size(1)} positions are more than block_size {self.config.block_size}')
+            raise ValueError(f'{input_ids.size(1)} positions are beyond block_size {self.config.block_size}')
         x = self.trunk(input_ids)
         if targets is None:
             return self.logits(x[:, -1:]), None
@@ -272,11 +272,6 @@ class GPT(nn.Module):
         """(..., C) -> (..., vocab_size)"""
         return self.head(x)
 
-    def train(self, mode=True):
-        if mode:
-            fast_layout(self, by_columns=False)  # which the optimizer's state has
-        return super().train(mode)
-
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
@@ -288,14 +283,13 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-               generator=None, stop_token=None, cache=None):
+               generator=None, stop_token=None):
         """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
-        one prompt (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. With
-        a cache, input_ids continue what it has read. T and max_new_tokens have no limit: a token sees the
-        block_size positions up to itself. The arithmetic is that of the weights: model.to(torch.bfloat16)
-        first for speed."""
+        one prompt (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. T and
+        max_new_tokens have no limit: a token sees the block_size positions up to itself. The arithmetic is
+        that of the weights: model.to(torch.bfloat16) first for speed."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(f'input_ids must be (B, T) with at least one token, not {tuple(input_ids.shape)}')
+            raise ValueError(f'input_ids must be (B, T) with a token at least, not {tuple(input_ids.shape)}')
         if num_samples > 1 and input_ids.size(0) > 1:
             raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
         if max_new_tokens < 1:
@@ -306,8 +300,7 @@ class GPT(nn.Module):
         try:
             fast_layout(self, by_columns=True)
             input_ids = input_ids.to(weight.device)
-            if cache is None:
-                cache = KVCache(self.config, input_ids.size(0), weight.device, weight.dtype)
+            cache = KVCache(self.config, input_ids.size(0), weight.device, weight.dtype)
             logits = self(input_ids, cache=cache)[0]
             if num_samples > 1:
                 cache.repeat(num_samples)
@@ -324,6 +317,7 @@ class GPT(nn.Module):
                     break
                 logits = step(ids.unsqueeze(1))
         finally:
+            fast_layout(self, by_columns=False)  # which the optimizer's state has
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
@@ -387,6 +381,7 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Store k and v (B, n_kv_head, T, head_dim); the keys and values to attend to."""
+        k, v = k.to(self.k.dtype), v.to(self.v.dtype)  # autocast's may be another
         past_k, past_v = self.k[layer], self.v[layer]
         keys, values = k, v
         if k.size(2) == 1:
@@ -421,10 +416,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def inverse_root(gram):
     """About (X X')^(-1/2) of each gram X X' in (k, n, n), X of norm 1. Its product with X has singular values
-    between 0.1 and 1.4, most of them near 1, so it is about the nearest orthogonal matrix. These are the first
-    three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times 0.733; a
-    fourth made training slower and no better. It wants float32 (TF32 will do): in bfloat16 a spectrum over two
-    decades came out wrong by 18 %."""
+    between 0.1 and 1.4, most of them near 1, so it is about the nearest orthogonal matrix. These are the
+    first three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times
+    0.733; a fourth made training slower and no better."""
     steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (2.8944, -2.1322, 0.4045))
     root = None
     for a, b, c in steps:
@@ -437,8 +431,8 @@ def inverse_root(gram):
 
 class Muon(torch.optim.AdamW):
     """Groups with muon=True take Muon's step, https://kellerjordan.github.io/posts/muon: Nesterov momentum,
-    made orthogonal for each matrix. The inverse roots, which are most of the work, are made together. The
-    other groups are AdamW's."""
+    made orthogonal for each matrix. The inverse roots, which are most of the work, are made together, in
+    autocast's precision if step() is called under it. The other groups are AdamW's."""
 
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
@@ -472,11 +466,8 @@ class Muon(torch.optim.AdamW):
         roots = inverse_root(torch.stack([u @ u.mT for u in updates]))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         for p, root, u in zip(params, roots, updates):
-            scale = max(1, p.size(0) / p.size(1)) ** 0.5
-            if p.size(0) > p.size(1):
-                p.addmm_(u.mT, root, alpha=-lr * scale)  # root is symmetric
-            else:
-                p.addmm_(root, u, alpha=-lr * scale)
+            change = u.mT @ root if p.size(0) > p.size(1) else root @ u  # root is symmetric
+            p.add_(change, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_momentum, weight_decay):
     """'muon': the blocks' linear layers by Muon, every other parameter, whatever its shape, by AdamW;
@@ -486,14 +477,16 @@ def make_optimizer(model, kind, learning_rate, betas, muon_learning_rate, muon_m
         raise ValueError(f"optimizer is '{kind}': it must be muon or adamw")
     hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     others = [p for p in model.parameters() if not any(p is weight for weight in hidden)]
+    decay_of_others = weight_decay if kind == 'adamw' else 0.0
     groups = [
         dict(params=hidden, weight_decay=weight_decay),
-        dict(params=[p for p in others if p.dim() >= 2], weight_decay=weight_decay if kind == 'adamw' else 0.0),
+        dict(params=[p for p in others if p.dim() >= 2], weight_decay=decay_of_others),
         dict(params=[p for p in others if p.dim() < 2], weight_decay=0.0),
     ]
     if kind == 'muon':
         groups[0].update(muon=True, lr=muon_learning_rate, momentum=muon_momentum)
-    optimizer = Muon([group for group in groups if group['params']], lr=learning_rate, betas=betas, fused=True)
+    groups = [group for group in groups if group['params']]
+    optimizer = Muon(groups, lr=learning_rate, betas=betas, fused=True)
     for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
     times = Counter(p for group in optimizer.param_groups for p in group['params'])
@@ -509,18 +502,12 @@ def load_optimizer(optimizer, state):
         optimizer.load_state_dict(state)
         for group, own in zip(optimizer.param_groups, options):
             group.update({**own, 'params': group['params']})
-        fused = {p for group in optimizer.param_groups if group.get('fused') for p in group['params']}
-        for p, values in optimizer.state.items():
-            for name, value in values.items():
-                if not torch.is_tensor(value):
-                    continue
-                fits = value.shape == p.shape or (name == 'step' and value.dim() == 0)
-                if p not in fused:  # a factor of the shape will do; a fused step would write past its end
-                    fits = torch.broadcast_shapes(value.shape, p.shape) == p.shape
-                if not fits or value.layout != torch.strided or value.dtype not in (p.dtype, torch.float32):
-                    raise ValueError(f'{name} {tuple(value.shape)} {value.dtype} for weights {tuple(p.shape)}')
-                if value.shape == p.shape and value.stride() != p.stride():
-                    values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        fused = (p for group in optimizer.param_groups if group.get('fused') for p in group['params'])
+        for p in fused:  # such a step would write past the end of anything smaller
+            for name, value in optimizer.state[p].items():
+                like = value.shape == p.shape and value.dtype == p.dtype and value.is_contiguous()
+                if not like and name != 'step':
+                    raise ValueError(f'{name} {tuple(value.shape)} {value.dtype} for {tuple(p.shape)}')
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
 
@@ -548,11 +535,11 @@ def save_checkpoint(path, state):
             os.remove(aside)
         raise OSError(f'{path} could not be written ({reason})') from None
 
-def load_checkpoint(path, device='cpu'):
+def load_checkpoint(path):
     """The dict that save_checkpoint wrote, or the same from a Hugging Face folder; ValueError where the file
     is missing, damaged or of another program."""
     if os.path.isdir(path) and os.path.exists(os.path.join(path, 'config.json')):
-        return load_folder(path, device)
+        return load_folder(path)
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path}: "python train.py" makes one in its --out_dir')
     try:
@@ -562,9 +549,9 @@ def load_checkpoint(path, device='cpu'):
             damaged = archive.testzip()  # torch.load itself does not look at the checksums
         if damaged:
             raise ValueError(f'{path} is damaged ({damaged} fails its checksum): use another copy')
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
     except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f'{path} is damaged, or not a checkpoint of this program: use another copy') from None
+        raise ValueError(f'{path} is damaged or not a checkpoint of this program: use another copy') from None
     for name, kind in FIELDS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise ValueError(f'{path} is not a checkpoint of this program (no valid {name})')
@@ -587,7 +574,7 @@ def load_model(state):
                          f'not {expected.get(odd)}')
     model = GPT(config)
     model.load_state_dict(weights)
-    return model.to(weights['embedding.weight'].device)
+    return model
 
 # A Hugging Face folder of a Llama or a Qwen3 stands wherever a checkpoint does. These tables serve both
 # directions: modules here and there (where ours is one matrix, theirs one below the other), fields of the
@@ -623,7 +610,7 @@ def to_hf(config, weights):
             prefix = f'model.layers.{layer}'
         if module == 'head':
             if tensor.data_ptr() != weights['embedding.weight'].data_ptr():
-                raise ValueError('the head is not the embedding: only models with tied embeddings are exported')
+                raise ValueError('the head is not the embedding: only tied embeddings can be exported')
             continue
         if module not in MODULES:
             raise ValueError(f'neither Llama nor Qwen3 has a place for {name}')
@@ -638,10 +625,11 @@ def to_hf_config(c):
     be."""
     if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
         raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm '
-                         f'{c.qk_norm}: Llama and Qwen3 have RMSNorm and SwiGLU, and not both bias and qk_norm')
+                         f'{c.qk_norm}: Llama and Qwen3 have RMSNorm, SwiGLU, and not both bias and qk_norm')
     if not c.qk_norm and c.n_embd % c.n_head:
         raise ValueError(f'n_embd {c.n_embd} does not divide into n_head {c.n_head}, as a Llama has it')
-    known = {*SIZES, 'mlp_ratio', 'dropout', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'gradient_checkpointing'}
+    known = {*SIZES, 'mlp_ratio', 'dropout', 'use_rms_norm', 'use_swiglu', 'qk_norm',
+             'gradient_checkpointing'}
     for field in fields(c):
         if field.name not in known and getattr(c, field.name):
             raise ValueError(f'{field.name} is {getattr(c, field.name)}: neither Llama nor Qwen3 has it')
@@ -658,10 +646,10 @@ def from_hf_config(theirs):
     rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
     rope.setdefault('rope_type', rope.get('type'))
     defaults = dict(
-        model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False, layer_types=[],
-        num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0, rms_norm_eps=1e-6,
-        rope_theta=10000.0, rope_type='default', partial_rotary_factor=1.0, attention_bias=False, mlp_bias=False,
-        quantization_config=None)
+        model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False,
+        layer_types=[], num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0,
+        rms_norm_eps=1e-6, rope_theta=10000.0, rope_type='default', partial_rotary_factor=1.0,
+        attention_bias=False, mlp_bias=False, quantization_config=None)
     c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
     right = FIXED | dict(
         model_type='qwen3' if qwen3 else 'llama', layer_types=['full_attention'] * len(c['layer_types']),
@@ -708,7 +696,7 @@ def hf_tokenizer(folder):
         raise ValueError(f'{folder}: eos_token_id is {end!r:.60}, which is no token')
     return {'kind': 'hf', 'json': json.dumps(contents), 'end_of_text': end, 'vocab_size': size}
 
-def load_folder(folder, device='cpu'):
+def load_folder(folder):
     """load_checkpoint() of a Hugging Face folder."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -717,7 +705,7 @@ def load_folder(folder, device='cpu'):
         config = from_hf_config(read_json(folder, 'config.json'))
         tokenizer = hf_tokenizer(folder)
         if tokenizer['vocab_size'] > config.vocab_size:
-            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, the model {config.vocab_size}')
+            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, not {config.vocab_size}')
         files, index = ['model.safetensors'], 'model.safetensors.index.json'
         if os.path.exists(os.path.join(folder, index)):
             files = sorted(set(read_json(folder, index).get('weight_map', {}).values()))
@@ -730,13 +718,13 @@ def load_folder(folder, device='cpu'):
         for name, shape in expected.items():
             if name not in there:
                 raise ValueError(f'{name} is missing')
-            if there[name].shape != shape or there[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            if there[name].shape != shape or not there[name].is_floating_point():
                 raise ValueError(f'{name} is {there[name].dtype} {tuple(there[name].shape)}, '
-                                 f'not float32, float16 or bfloat16 {tuple(shape)}')
+                                 f'not floating-point {tuple(shape)}')
         for name in sorted(there.keys() - expected.keys() - {'lm_head.weight'}):
             if not name.endswith('.inv_freq'):  # constants, which old folders have
                 raise ValueError(f'this model has no place for {name}')
-        weights = {name: torch.cat([there[part].float() for part in group]).to(device)
+        weights = {name: torch.cat([there[part].float() for part in group])
                    for name, group in groups.items()}
         weights['head.weight'] = weights['embedding.weight']
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
@@ -748,21 +736,21 @@ def load_folder(folder, device='cpu'):
 # ----------------------------------------------------------------------------
 # Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the
 # plain function in each place that calls one, the program is right and slower. They take the plain function,
-# and restate nothing but attention, whose kernels are the point.
+# and restate only attention and x / rms(x), whose kernels are the point.
 
 FAST = True
 LARGE = 2**20  # elements from which fast_recompute pays
 MANY_LOGITS = 2**24  # the most that fast_loss makes at once on a CPU; on a GPU sixteen times as many
 
 def one_query_attention(q, k, v, mask):
-    """attention() of one query a head, as when sampling: the heads that share keys take the place of T, so that
-    nothing is repeated."""
+    """attention() of one query a head, as when sampling: the heads that share keys take the place of T, so
+    that nothing is repeated."""
     grouped = q.unflatten(1, (k.size(1), -1)).squeeze(3)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
 def short_attention(q, k, v, mask):
-    """attention() as plain products, which on a CPU take a half to a sixth of the fused kernel's time, forward
-    and backward, over up to 512 positions."""
+    """attention() as plain products, which on a CPU take a half to a sixth of the fused kernel's time,
+    forward and backward, over up to 512 positions."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None:
         mask = q.new_full((T, T), -math.inf).triu_(1)
@@ -793,8 +781,8 @@ class UnitRMS(torch.autograd.Function):
         return (torch.addcmul(grad, y, along.to(y.dtype)) * scale).to(ctx.dtype), None
 
 def fast_rms_norm(x, eps):
-    """F.rms_norm without its gain: 10 % of a step's time and memory, and of a token's time. On a CPU layer_norm
-    is the faster kernel, and that of (x, -x), whose mean is 0, is the same."""
+    """F.rms_norm without its gain: 10 % of a step's time and memory, and of a token's time. On a CPU
+    layer_norm is the faster kernel, and that of (x, -x), whose mean is 0, is the same."""
     n = x.size(-1)
     if FAST and torch.is_grad_enabled():
         return UnitRMS.apply(x, eps)
@@ -811,7 +799,7 @@ def fast_recompute(function, x):
 
 class LossInSlices(torch.autograd.Function):
     """loss(x, targets) as a sum over slices of so many rows of x (N, C) and targets (N,), each with its
-    gradients at once, so that all logits never exist together. weights are the parameters that loss may use."""
+    gradients at once, so that all logits never exist together. weights: what loss may use."""
 
     @staticmethod
     def forward(ctx, loss, rows, x, targets, *weights):
@@ -827,7 +815,7 @@ class LossInSlices(torch.autograd.Function):
                 if grad is not None:
                     # two parameters that are added have one gradient: each needs its own
                     grads[j] = grad.clone() if grads[j] is None else grads[j].add_(grad)
-            del part_loss, found, grad  # before the next ones are made
+            part_loss = found = grad = None  # before the next ones are made
         ctx.save_for_backward(grad_x, *grads)
         return total
 
@@ -853,6 +841,7 @@ def fast_loss(loss, x, targets, model):
     return sum(loss(*part) for part in zip(x.split(rows), targets.split(rows)))
 
 @functools.cache
+@torch.inference_mode(False)
 def shares(n, parts):
     """0 ... n - 1, and where each of so many parts of it begins."""
     return torch.arange(n), torch.arange(0, n, math.ceil(n / parts))
@@ -902,7 +891,7 @@ def fast_step(model, cache):
             cache.length -= 1
             graph = torch.cuda.CUDAGraph()
             # another thread may be preparing batches
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
                 logits = step(ids)
         cache.length -= 1
         return graph, logits

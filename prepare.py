@@ -46,9 +46,9 @@ from configurator import configure, plain_errors, set_up_output
 sources = []  # what to prepare: shakespeare, pydoc, text files, folders, URLs, hf:owner/name[:column]
 name = ''  # folder in data/; empty: made from the first source
 tokenizer = 'auto'  # auto, char, bpe (trained on this text), gpt2; or that of a checkpoint, folder, data set
-vocab_size = 0  # tokens in a bpe vocabulary, 257 or more; 0: chosen to suit the text
+vocab_size = 0  # tokens in a bpe vocabulary, at least 257; 0: chosen to suit the text
 val_fraction = 0.1  # share of the tokens, from the end, kept for validation (10 million at most)
-max_mb = 0  # stop reading after about this many million bytes; 0: read everything
+max_mb = 0  # keep about this many million bytes; 0: all (a tokenizer may read more)
 overwrite = False  # replace a data set of the same name that was made from other sources
 info = ''  # show this prepared data set
 # ----------------------------------------------------------------------------
@@ -61,7 +61,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 END_OF_TEXT = '<|endoftext|>'
 PIECE = 1 << 20  # characters read and encoded at a time
 SMALL = 4 << 20  # bytes: up to here, and to 256 characters, 'auto' is the char tokenizer
-SAMPLE = 16 << 20  # characters that bpe is trained on, from all over the sources,
+SAMPLE = 16 << 20  # characters that bpe is trained on, from the beginning of each source,
 WORDS = 100_000  # and how many of their words, the most frequent: time and memory depend on it
 VAL_MAX = 10_000_000  # tokens: more makes an evaluation slower, not better
 RETRY_WAITS = (1, 2)  # seconds: without a network the answer comes quickly
@@ -176,18 +176,24 @@ def count_words(parts):
 def make_tokenizer(kind, vocab_size, parts):
     """-> the tokenizer's meta, made for this text or taken from a checkpoint, a folder or a data set"""
     size = sum(part.stat().st_size if isinstance(part, Path) else 10**9 for part in parts)  # a guess for rows
-    if kind == 'char' or (kind == 'auto' and size <= SMALL):
-        chars = set()
+    if kind in ('auto', 'char'):
+        chars, read = set(), 0
         for text in stream(parts, '\n'):
             chars.update(text)
-        if kind == 'char' or len(chars) <= 256:
-            return {'kind': 'char', 'chars': ''.join(sorted(chars))}
+            read += len(text.encode())
+            if kind == 'auto' and read > SMALL:
+                break
+        else:
+            size = read
+            if kind == 'char' or len(chars) <= 256:
+                return {'kind': 'char', 'chars': ''.join(sorted(chars))}
     if kind in ('auto', 'bpe'):
         counts = count_words(parts)
-        # a guess: twice the vocabulary for ten times the text, 2,300 for 1 MB and 8,200 for 100 MB, and a token
-        # for each character beyond ASCII, as Chinese would fall into single bytes otherwise
+        # a guess: twice the vocabulary for ten times the text, 2,300 for 1 MB and 8,200 for 100 MB, and a
+        # token for each character beyond ASCII, as Chinese would fall into single bytes otherwise
         others = {c for word in counts for c in word if c > '\x7f'}
-        vocab_size = vocab_size or min(65536, round(size ** 0.3 / 8) * 256 + 256 + len(others))
+        chosen = min(65536, round(size ** 0.3 / 8) * 256 + 256 + len(others))
+        vocab_size = max(257, vocab_size or chosen)
         print(f'training a vocabulary of {vocab_size:,} tokens ...', flush=True)
         return bpe_meta('bpe', train_bpe(counts, vocab_size - 1))
     if kind == 'gpt2':
@@ -416,12 +422,12 @@ def fill(new, parts, meta):
             size += len(data)
             if sys.stdout.isatty():
                 print(f'{size / 1e6:,.0f} MB\r', end='', flush=True)
-            if settings['max_mb'] and size >= settings['max_mb'] * 1e6:
+            if 0 < settings['max_mb'] * 1e6 <= size:
                 break
     n_train = max(int(total * (1 - settings['val_fraction'])), total - VAL_MAX)
     if min(n_train, total - n_train) < 2:
-        raise ValueError(f'{", ".join(meta["sources"])}: val_fraction {settings["val_fraction"]} leaves too '
-                         f'few tokens, {n_train:,} for training and {total - n_train:,} for validation')
+        raise ValueError(f'{", ".join(meta["sources"])}: too little text, {n_train:,} tokens for training '
+                         f'and {total - n_train:,} for validation (val_fraction {settings["val_fraction"]})')
     val = np.fromfile(new / 'train.bin', coder.dtype, offset=n_train * coder.dtype.itemsize)
     val.tofile(new / 'val.bin')
     os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
@@ -443,7 +449,7 @@ def data_sets():
 def load_dataset(name):
     """poems or data/poems -> its meta, train and val: arrays of ids that stay on disk, and readable even if
     the files are replaced or deleted. ValueError where one is missing or damaged."""
-    folder = DATA / Path(name).name
+    folder = DATA / (Path(name).name if Path(name).parent == DATA else name)
     try:
         meta = json.loads((folder / 'meta.json').read_text('utf-8'))
         train, val = (np.memmap(folder / f'{split}.bin', meta['dtype'], 'r') for split in ('train', 'val'))
@@ -451,7 +457,7 @@ def load_dataset(name):
             raise ValueError('cut short')
     except (OSError, KeyError, ValueError):
         there = ', '.join(data_sets()) or 'none'
-        text = name if name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
+        text = folder.name if folder.name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
         raise ValueError(f'{folder} is missing or damaged (prepared: {there}): '
                          f'run "python prepare.py {text}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
@@ -504,7 +510,7 @@ def val_batches(tokens, block_size, rows, max_batches=0):
 
 def describe(name):
     """Three lines about a data set"""
-    meta = load_dataset(name).meta
+    meta = json.loads((DATA / name / 'meta.json').read_text('utf-8'))
     train, val, size = meta['tokens']['train'], meta['tokens']['val'], sum(meta['bytes'].values())
     return (f'{DATA / name}: {size:,} bytes from {" ".join(meta["sources"])[:99]}\n'
             f'{meta["tokenizer"]["kind"]} tokenizer, vocabulary of {meta["vocab_size"]:,}, '
@@ -515,7 +521,7 @@ def show_info(name):
     """What describe() says, and how both splits begin"""
     data = load_dataset(name)
     coder = Tokenizer(data.meta['tokenizer'])
-    print(describe(name))
+    print(describe(Path(name).name))
     for split, ids in ('training', data.train[:300]), ('validation', data.val[:300]):
         print(f'\n--- the text for {split} begins\n{printable(coder.decode(ids))}')
 

@@ -117,7 +117,7 @@ def talk():
     with suppress(ImportError):
         import readline  # history and editing in input(), where there is one
     note('It completes documents, it is not an assistant: type how one begins. Empty: go on; /help')
-    context = list(beginning)
+    context = list(prompt)
     while True:
         typed = input('\n> ')
         command, _, value = typed.removeprefix('/').partition(' ')
@@ -131,7 +131,7 @@ def talk():
             elif command == 'quit':
                 return
             elif command == 'reset':
-                context = list(beginning)
+                context = list(prompt)
             elif command in drawing:
                 chosen = {command: checked(command, parse(value, drawing[command]), drawing[command])}
                 check(chosen, command, *RANGES[command])
@@ -222,8 +222,8 @@ def write_gguf(path, weights, tokenizer):
 @torch.no_grad()
 def write_folder(folder):
     """The model and its tokenizer in the files of Hugging Face and of llama.cpp: made aside, then renamed."""
-    import gguf  # here, so that what is missing is missed before anything is written
     from safetensors.torch import save_file
+    import gguf  # here, so that what is missing is missed before anything is written
     tokenizer = export_tokenizer(checkpoint['tokenizer'])
     if folder.exists():
         raise ValueError(f'{folder} exists: choose a new folder for --export')

@@ -13,7 +13,6 @@ import os
 import random
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import subprocess
@@ -324,6 +323,14 @@ def plain(model, x):
         h = h + block.mlp.down(a * a.sigmoid() * b if c.use_swiglu else F.gelu(up))
     return normed(h, model.norm) @ model.head.weight.T
 
+def test_scores_depend_on_distance_alone_however_far_the_text_has_come():
+    config, q, k = GPTConfig(**TINY), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    scores = []
+    for start in (1, 100, 10_000_000):
+        cos, sin = gpt.rope(torch.tensor([start, start + 5]), config)
+        scores.append((gpt.rotate(k, cos[0], sin[0]) * gpt.rotate(q, cos[1], sin[1])).sum())
+    torch.testing.assert_close(scores[1:], scores[:1] * 2)
+
 @pytest.mark.parametrize('n_kv_head', [1, 2, 4])
 @pytest.mark.parametrize('options', [
     dict(),
@@ -519,6 +526,43 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     with pytest.warns(UserWarning):
         assert 'mlp.up.weight is in 2 groups' in refusal(gpt.make_optimizer, model, *options)
 
+@pytest.mark.parametrize('kind', ['muon', 'adamw'])
+def test_generating_between_updates_changes_none(kind):
+    weights = []
+    for generates in (False, True):
+        model = tiny()
+        optimizer = gpt.make_optimizer(model, kind, *RATES)
+        for _ in range(3):
+            update(model, optimizer)
+            if generates:
+                model.generate(ids(1, 3), 3)
+        weights.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+def test_a_scaler_skips_the_whole_step_where_a_gradient_is_infinite():
+    model, x = tiny(), ids(2, 9)
+    optimizer, scaler = gpt.make_optimizer(model, 'muon', *RATES), torch.amp.GradScaler('cpu')
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(model(x, x)[1]).backward()
+    model.embedding.weight.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+def test_a_loaded_optimizer_keeps_its_own_options():
+    model = tiny()
+    optimizer = gpt.make_optimizer(model, 'adamw', 0.5, *RATES[1:])
+    gpt.load_optimizer(optimizer, gpt.make_optimizer(model, 'adamw', *RATES).state_dict())
+    assert {group['peak_lr'] for group in optimizer.param_groups} == {0.5}
+
+def test_gradient_checkpointing_keeps_less_than_half_for_backward():
+    kept = []
+    for on in (False, True):
+        model, sizes = tiny(gradient_checkpointing=on, n_layer=4).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), sizes.append):
+            model(ids(4, 16), ids(4, 16, seed=2))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
+
 # ----------------------------------------------------------------------------
 # checkpoints
 
@@ -635,7 +679,7 @@ def runs(tmp_path_factory):
             flags = ['tiny.py', f'--optimizer={kind}', f'--lr_schedule={schedule}']
             call_script('train.py', *flags, f'--out_dir={kind}')
             with pytest.MonkeyPatch.context() as cut:
-                at_forward(cut, lambda *_: signal.raise_signal(number), n=17)  # in update 8
+                at_forward(cut, lambda *_: signal.raise_signal(number), n=19)  # in update 8
                 out, _ = call_script('train.py', *flags, f'--out_dir=cut-{kind}', status=128 + number)
             last[kind] = out.splitlines()[-1]
             call_script('train.py', '--resume', f'--out_dir=cut-{kind}', '--eval_interval=7')
@@ -721,7 +765,7 @@ def test_a_second_ctrl_c_stops_at_once(place, monkeypatch):
     monkeypatch.setattr(os, '_exit', sys.exit)
     calls = itertools.count(1)
     # in both forwards of update 1, after those of the trial
-    at_forward(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT) if next(calls) > 2 else None)
+    at_forward(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT) if next(calls) > 4 else None)
     call_script('train.py', 'tiny.py', status=130)
     assert not Path('out/ckpt.pt').exists()
 
@@ -751,7 +795,7 @@ def test_two_runs_started_at_once_in_a_fresh_clone_share_one_preparation(place):
     assert ''.join(said).count('char tokenizer, vocabulary of') == 1
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(place, monkeypatch):
-    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=11)  # in update 5
+    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=13)  # in update 5
     err = call_script('train.py', 'tiny.py', '--log_interval=10', status=1)[1]
     assert err.startswith('update 5: loss nan') and err.count('\n') == 1 and 'lower learning rate' in err
     for saved in load_checkpoint('out/ckpt.pt'), load_checkpoint('out/best.pt'):
@@ -826,7 +870,7 @@ def test_a_mistake_is_refused_in_one_line_before_anything_is_written(place, comm
 @pytest.mark.parametrize('command, says', [
     ('train.py tiny.py --dry_run', 'nothing was written'),
     ('train.py tiny.py --init_from=out/best.pt --eval_only', 'validation loss {best:.4f}'),
-    ('train.py --resume --eval_only', 'validation loss {latest:.4f}'),
+    ('train.py --resume --eval_only', 'validation loss {latest:.4f}, {bits:.4f} bits per byte'),
     ('hardware.py --json', '"dtype":'),
     ('train.py --status', 'next: python sample.py --out_dir=out'),
     ('prepare.py --info=plain', 'The quick brown fox'),
@@ -836,7 +880,9 @@ def test_looking_writes_nothing(place, command, says):
     out, _ = call_script(*command.split())
     assert {path: path.stat().st_mtime_ns for path in place.rglob('*')} == before
     best, latest = (load_checkpoint(f'out/{name}.pt')['val_loss'] for name in ('best', 'ckpt'))
-    assert says.format(best=best, latest=latest) in out
+    meta = json.loads(Path('data/plain/meta.json').read_text())
+    bits = latest / math.log(2) * meta['tokens']['val'] / meta['bytes']['val']
+    assert says.format(best=best, latest=latest, bits=bits) in out
 
 def test_patience_stops_a_run_that_no_longer_gets_better_and_resuming_it_too(place):
     out, _ = call_script('train.py', 'tiny.py', '--learning_rate=0', '--muon_learning_rate=0', '--patience=2')
@@ -888,6 +934,7 @@ def test_the_questions_end_in_a_config_file_that_runs(place):
         assert len(re.findall(fr'{question}[^\[\n]* \[', out)) == times  # a wrong answer is asked again
     out, _ = call_script('train.py', 'config/my_a_run.py', '--dry_run', '--threads=1', '--compile=false')
     assert 'plan    for 0.05 minutes' in out
+
 def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place):
     Path('tiny.py').write_text(TINY_RUN + 'import os\nprint("rank", os.environ.get("RANK"), os.getpid())')
     flags, said = ['tiny.py', '--dropout=0', '--decay_lr=false', '--batch_size=1', '--max_iters=4000'], ''
@@ -1069,7 +1116,8 @@ def test_the_benchmark_measures_what_it_says(place):
     flags = ['tiny.py', '--json', '--updates=3', '--decode_tokens=5', '--random_data=false']
     figures = json.loads(call_script('bench.py', *flags)[0])
     assert figures['parameters'] == load_model(load_checkpoint('out/best.pt')).n_params()
-    assert all(len(figures['ms_per_update'][part]) == 3 for part in ('all', 'data', 'forward', 'backward'))
+    assert figures['ms_per_update'].keys() == {'all', 'data', 'forward', 'backward', 'optimizer'}
+    assert all(len(times) == 3 for times in figures['ms_per_update'].values())
     for name in ('tokens_per_sec', 'mfu', 'peak_memory', 'prefill_tokens_per_sec', 'decode_tokens_per_sec',
                  'bandwidth_share'):
         assert figures[name] > 0

@@ -2,7 +2,7 @@
 
     python train.py config/train_shakespeare.py                     # on whatever machine this is
     python train.py --dataset=poems --minutes=5                     # a model and a run of the size that fits
-    python train.py --resume                                        # continue the run in out/ with its settings
+    python train.py --resume                                        # continue the run in out/
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --interactive                                   # answer questions, get a config file
     python train.py --status                                        # what is here, and what to type next
@@ -54,11 +54,11 @@ show_hardware = False  # print what this machine has and exit
 status = False  # print what is installed, prepared and trained here, and exit
 # data
 dataset = 'shakespeare'  # folder in data/, made by prepare.py
-offline_dataset = ''  # the data set to use, with a message, where dataset can't be downloaded; '': stop instead
+offline_dataset = ''  # the data set to use where dataset can't be downloaded; '': stop instead
 batch_size = 16  # sequences in a micro-batch, on each process
 tokens_per_update = 0  # tokens in an update, of all processes together; 0: one micro-batch a process
 # model
-model_preset = 'tiny'  # tiny, small, medium or large (10M to 350M parameters): defaults of the model's settings
+model_preset = 'tiny'  # tiny, small, medium, large (10M to 350M parameters): defaults of the model's settings
 vocab_size = 0  # distinct tokens; 0: as many as the data set's tokenizer has
 # optimizer
 optimizer = 'muon'  # muon: the blocks' matrices by Muon, the rest by AdamW; adamw: all by AdamW
@@ -71,7 +71,7 @@ beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
 beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
 grad_clip = 1.0  # largest gradient norm; 0: no limit
 decay_lr = True  # false: the learning rates stay at their peaks after the warm-up
-lr_schedule = 'cosine'  # cosine, or linear: flat, then a straight line down over the last `cooldown` of the run
+lr_schedule = 'cosine'  # cosine, or linear: flat, then straight down over the last `cooldown` of the run
 cooldown = 0.6  # share of lr_decay_iters; for the linear schedule
 warmup_iters = 20  # updates over which the learning rates rise to their peaks
 lr_decay_iters = 0  # updates after which the learning rate is min_lr; 0: max_iters
@@ -94,6 +94,7 @@ seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
 KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
+READINGS = 5  # of a text, before a model knows it by heart
 RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
 COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 ANY, RATE, SHARE = (0, 10**12), (0, 10), (0, 0.999999)
@@ -122,7 +123,8 @@ def prepare_missing(name):
 def show_status():
     """Versions, device, data sets, runs, and the command that comes next."""
     print(hardware.table())
-    print('\ndata sets in data/:', ', '.join(prepare.data_sets()) or 'none yet (python prepare.py FILE makes one)')
+    known = ', '.join(prepare.data_sets()) or 'none yet (python prepare.py FILE makes one)'
+    print(f'\ndata sets in data/: {known}')
     command = 'python train.py config/train_shakespeare_quick.py'
     for path in sorted(glob.glob('out*/ckpt.pt'), key=os.path.getmtime):
         folder = os.path.dirname(path)
@@ -167,7 +169,8 @@ def interview():
     os.makedirs('config', exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
         file.write(f'# python train.py {path}; all settings: python train.py --help\n'
-                   f'device = {device!r}\ndataset = {dataset!r}\nminutes = {minutes!r}\nout_dir = {out_dir!r}\n')
+                   f'device = {device!r}\ndataset = {dataset!r}\n'
+                   f'minutes = {minutes!r}\nout_dir = {out_dir!r}\n')
     print(f'{path} is written')
     if not ask('start it now', True):
         print(f'later: python train.py {path}')
@@ -184,7 +187,8 @@ config = configure(GPTConfig, __file__, saved={**presets['tiny'], 'vocab_size': 
 for asked, answer in (('show_hardware', lambda: print(hardware.table())), ('status', show_status),
                       ('interactive', interview)):
     if config[asked]:
-        answer()
+        with plain_errors():
+            answer()
         sys.exit()
 out_dir = config['out_dir']
 log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
@@ -230,8 +234,6 @@ with plain_errors():
             device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
         warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.9 does not have
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
-    if ':' in device:
-        torch.get_device_module(device).set_device(device)
     dtype = hardware.pick_dtype(device, dtype)
 hardware.set_up(device, threads)
 if device == 'cpu' and threads == 0 and world_size == 1:
@@ -268,25 +270,20 @@ text_id = f'{data.meta["source_sha256"]} {data.meta["tokens"]["train"]}'
 # model
 
 def settings_for(seconds):
-    """The settings of a run of so many seconds on this text and device; max_iters is a first guess."""
+    """The settings of a run of so many seconds on this text and device. Measured for half a minute to ten
+    minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
+    no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
     operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
-    # measured: 0.8M parameters at 1e12 operations and 1.6M at 15e12 on a megabyte of characters; where there
-    # is more text than the run can read, 20 tokens a parameter (https://arxiv.org/abs/2203.15556) ask for
-    # more
-    n_params = 1.6e6 * (operations / 15e12) ** 0.25
-    if len(data.train) > operations / (6 * n_params):
-        n_params = max(n_params, (operations / 120) ** 0.5)
-    n_layer = 4
+    n_params = min((operations / 6) ** 0.5, READINGS * len(data.train))
+    n_layer = 2
     while 12 * n_layer * (64 * n_layer) ** 2 < n_params:
         n_layer += 2
     n_head = max(2, round((n_params / (11 * n_layer)) ** 0.5 / 64))
-    block_size = 64 if operations < 3e12 else 128 if operations < 5e13 else 256
-    batch_size = 12 if operations < 3e12 else 8
-    updates = max(20, int(operations / (6 * n_params * batch_size * block_size)))
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
-        block_size=block_size, batch_size=batch_size, max_iters=updates, warmup_iters=10, lr_schedule='linear',
-        weight_decay=0.0, eval_interval=updates, eval_iters=200,
+        block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
+        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10,
+        max_iters=10**6, eval_interval=10**6,  # as many as there is time for, which is measured below
     )
 
 dial = {}
@@ -317,7 +314,7 @@ with plain_errors():
         if saved['dataset_sha256'] != text_id:
             raise ValueError(f'data/{dataset} is not what {source} was trained on (another sha256): {anew}')
     if gpt_config.vocab_size < data.meta['vocab_size']:
-        raise ValueError(f'vocab_size is {vocab_size}, but data/{dataset} has {data.meta["vocab_size"]} tokens')
+        raise ValueError(f'vocab_size is {vocab_size}, data/{dataset} has {data.meta["vocab_size"]} tokens')
     block_size = gpt_config.block_size
     for split, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= block_size:
@@ -350,8 +347,9 @@ tokens_per_update = tokens_per_update or micro_tokens
 n_micro = tokens_per_update // micro_tokens
 if tokens_per_update % micro_tokens:
     near = max(1, n_micro) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size {batch_size} '
-         f'x block_size {block_size} x processes {world_size}): choose {near:,} or {near + micro_tokens:,}')
+    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size '
+         f'{batch_size} x block_size {block_size} x processes {world_size}): choose {near:,} or '
+         f'{near + micro_tokens:,}')
 
 # ----------------------------------------------------------------------------
 # a few real updates: whether they fit into memory, and how long they take
@@ -367,12 +365,13 @@ def last_words():
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; {what_is_left()}. '
-             f'Weights, gradients and optimizer alone take {least:.2f} GiB or more: try a smaller batch_size, '
-             'block_size or model, or --gradient_checkpointing')
+        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; '
+             f'{what_is_left()}. Weights, gradients and optimizer alone take {least:.2f} GiB or more: try a '
+             'smaller batch_size, block_size or model, or --gradient_checkpointing')
 
 def what_is_left():
-    return f'{ckpt_path} is from before it, whole' if os.path.exists(ckpt_path) else 'there is no checkpoint yet'
+    there = os.path.exists(ckpt_path)
+    return f'{ckpt_path} is from before it, whole' if there else 'there is no checkpoint yet'
 
 def out_of_memory(error):
     """Whether it says so, in whatever words the device has for it."""
@@ -380,13 +379,15 @@ def out_of_memory(error):
     return bool(re.search(words, f'{type(error).__name__}: {error}'))
 
 def trial():
-    """One update of one micro-batch -> its seconds."""
+    """One update, of two micro-batches at most -> its seconds."""
     begin = time.perf_counter()
-    x, y = next(prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device))
+    for _ in range(min(n_micro, 2)):  # the second finds the gradients of the first in memory
+        x, y = next(prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device))
+        with hardware.autocast(device, dtype):
+            loss = model(x, y, return_logits=False)[1]
+        loss.backward()
     with hardware.autocast(device, dtype):
-        loss = model(x, y, return_logits=False)[1]
-    loss.backward()
-    optimizer.step()
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     hardware.synchronize(device)
     return time.perf_counter() - begin
@@ -397,7 +398,7 @@ seconds = 0.0  # of an update
 while not seconds and not eval_only:
     with last_words():
         try:
-            seconds = n_micro * min(trial(), trial())
+            seconds = max(1, n_micro / 2) * min(trial(), trial())
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or world_size > 1 or not out_of_memory(error):
                 raise
@@ -412,8 +413,11 @@ if world_size > 1:
     seconds = slowest.item()
 if dial and not eval_only:
     left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
+    enough = READINGS * len(data.train) // tokens_per_update
     if max_iters == dial['max_iters']:  # not given by a flag or a config file
-        max_iters = max(1, int(left / seconds))
+        max_iters = max(1, min(int(left / seconds), enough))
+        if max_iters == enough:
+            say(f'note    {READINGS} readings of so short a text are enough: more would learn it by heart')
     if eval_interval == dial['eval_interval']:  # ten evaluations at most, half a minute apart at least
         eval_interval = min(max_iters, max(max_iters // 10, int(30 / seconds)))
     flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
@@ -435,8 +439,6 @@ config.update(minutes=0.0, threads=threads, max_iters=max_iters, eval_interval=e
               tokens_per_update=tokens_per_update)
 expected = seconds  # of an update
 peak, peak_origin = hardware.peak_flops(device, dtype)
-if not peak:
-    peak, peak_origin = hardware.measure_flops(device, dtype), 'measured: a large matrix product'
 
 # ----------------------------------------------------------------------------
 # what is in force
@@ -449,9 +451,10 @@ engine = 'compiled' if compile == 'true' else f'not compiled ({problem})' if pro
 say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
 say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):,} for validation; '
     f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
-say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} query '
-    f'heads, {c.n_kv_head} for keys and values, context {block_size}')
-say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.2g} times')
+say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, '
+    f'{c.n_head} query heads, {c.n_kv_head} for keys and values, context {block_size}')
+say(f'update  {tokens_per_update:,} tokens = {product}; '
+    f'{max_iters:,} updates read the text {epochs:.2g} times')
 say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is')
 say('        good, below 10 % the model is too small for the device, or something holds it up')
 if resume or init_from:
@@ -463,8 +466,8 @@ if epochs > 20:
 if device == 'cpu' and seconds * (max_iters - step) > 3600:
     say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run of ten')
 if dry_run:
-    say(f'dry run: {max_iters - step} updates would take about {clock(seconds * (max_iters - step))}, evaluation '
-        f'aside; {peak_memory()}; nothing was written')
+    say(f'dry run: {max_iters - step} updates would take about {clock(seconds * (max_iters - step))}, '
+        f'evaluation aside; {peak_memory()}; nothing was written')
     sys.exit()
 if compile == 'true':
     alive('compiling: a minute or so ...')
@@ -530,7 +533,7 @@ def signalled():
 
 def read_recent():
     """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite,
-    before anything is saved. Looking only now and then spares a GPU the wait at every update."""
+    before anything is saved. Looking only now and then spares one GPU the wait at every update."""
     numbers = torch.stack([torch.stack(pair) for pair in recent]).float()  # (updates, 2)
     if world_size > 1:
         dist.all_reduce(numbers)
@@ -555,12 +558,12 @@ def log_row(train_loss, grad_norm, seconds):
     global expected
     speed = tokens_per_update / seconds
     mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
-        f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  '
+        f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
         f'{clock((max_iters - step) * seconds)} left')
-    if device == 'cpu' and seconds > 3 * expected:
-        say(f'note    updates take {seconds / expected:.0f} times as long as at the start: another program uses '
-            'the cores; if it goes on, Ctrl-C and then --resume --threads=1')
+    if device == 'cpu' and world_size == 1 and step > first_step + 1 and seconds > 3 * expected:
+        say(f'note    updates take {seconds / expected:.0f} times as long as at the start: another program '
+            'uses the cores; if it goes on, Ctrl-C and then --resume --threads=1')
         expected = math.inf  # say it once
     since = elapsed + time.time() - began
     return [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
@@ -577,7 +580,8 @@ def write_log(row, lasting):
 
 def print_sample():
     prompt = next(prepare.val_batches(data.val, 16, 1))[0]
-    ids = raw_model.generate(prompt, 200, temperature=0.8, generator=torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = raw_model.generate(prompt, 200, temperature=0.8, generator=generator)
     print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
 
 def plot():
@@ -613,8 +617,8 @@ def open_run():
     # ckpt.pt with the optimizer, another written aside, best.pt
     needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
     if needed > free:
-        stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about {needed / 2**30:.2f} GiB: '
-             'free some, or choose another --out_dir')
+        stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about '
+             f'{needed / 2**30:.2f} GiB: free some, or choose another --out_dir')
     older = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
     if older and not resume:
         number = 1
@@ -675,7 +679,8 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
 
 # sequences are numbered through the run: an update takes the next ones, whichever way they are shared out
 first_row = tokens_seen // block_size + rank * batch_size
-batches = prepare.batches(data.train, first_row, batch_size, world_size * batch_size, block_size, seed, device)
+stride = world_size * batch_size
+batches = prepare.batches(data.train, first_row, batch_size, stride, block_size, seed, device)
 recent, stopped_early, interrupted = [], False, False
 first_step, logged_step, logged_at = step, step, time.time()
 raw_model.train()
@@ -705,7 +710,8 @@ with last_words():
         # step
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
+        with hardware.autocast(device, dtype):  # Muon's products
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -761,8 +767,8 @@ else:
     say(f'done    in {clock(elapsed + time.time() - began)}, {peak_memory()}; the best validation loss is '
         f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
     if val_loss > train_loss + 1:
-        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the text '
-            'by heart; more text, fewer updates or --dropout=0.2 help')
+        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the '
+            'text by heart; more text, fewer updates or --dropout=0.2 help')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''

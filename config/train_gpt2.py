@@ -1,8 +1,8 @@
-# A model of GPT-2's size (12 layers, 768 wide, 1024 tokens of context; 124M class) on FineWeb-Edu, for 8 GPUs of 80 GB:
+# A model of GPT-2's size (124M class) on FineWeb-Edu, for 8 GPUs of 80 GB:
 #     python prepare.py hf:HuggingFaceFW/fineweb-edu --name=fineweb-edu --tokenizer=gpt2 --max_mb=13000
 #     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# 5000 updates of 524,288 tokens are 2.6 billion tokens, about 21 a parameter. The validation loss to expect is near 3.2;
-# that is an expectation from published runs of this size, not a measurement of this file.
+# 5000 updates of 524,288 tokens are 2.6 billion tokens, about 21 a parameter. The validation loss to expect
+# is near 3.2: that comes from published runs of this size, not from a run of this file.
 dataset = 'fineweb-edu'
 
 n_layer = 12

@@ -10,9 +10,8 @@ n_embd = 192
 block_size = 256
 batch_size = 8
 
-max_iters = 1000
+max_iters = 850
 warmup_iters = 10
 lr_schedule = 'linear'
-weight_decay = 0.0
-eval_interval = 500
+eval_interval = 425
 eval_iters = 0

@@ -1,19 +1,18 @@
-# The first words in ten to fifteen seconds: a small character-level model of Shakespeare on two CPU cores:
+# The first words in about ten seconds: a small character-level model of Shakespeare on two CPU cores:
 #     python train.py config/train_shakespeare_quick.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
 
-n_layer = 4
+n_layer = 2
 n_head = 2
 n_kv_head = 1
 n_embd = 128
 block_size = 64
 batch_size = 12
 
-max_iters = 270
-muon_learning_rate = 0.03
+max_iters = 320
 warmup_iters = 5
 lr_schedule = 'linear'
-weight_decay = 0.0
-eval_interval = 270
+eval_interval = 320
+muon_momentum = 0.8
 eval_iters = 0

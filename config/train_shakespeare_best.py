@@ -1,0 +1,17 @@
+# The lowest loss on tiny Shakespeare that we know how to reach, in about five minutes on two CPU cores:
+#     python train.py config/train_shakespeare_best.py
+dataset = 'shakespeare'
+offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
+
+n_layer = 4
+n_head = 4
+n_kv_head = 2
+n_embd = 256
+block_size = 256
+batch_size = 8
+
+max_iters = 1300
+warmup_iters = 10
+lr_schedule = 'linear'
+eval_interval = 650
+eval_iters = 0
