@@ -144,12 +144,11 @@ def attention_mask(queries, keys, config):
 
 def attention(q, k, v, mask=None):
     """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S,
-    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal. The first four
-    lines are other kernels for the same formula: a change of it starts by deleting them."""
-    if FAST and q.size(2) == 1 and mask is not None and mask.dim() == 2:
-        return one_query_attention(q, k, v, mask)
-    if FAST and q.is_cpu and q.size(2) <= 512 and k.size(2) <= 1024 and (mask is None or mask.dim() == 2):
-        return short_attention(q, k, v, mask)
+    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal. The first three
+    lines are faster kernels for the same formula: a change of it starts by deleting them."""
+    kernel = faster_attention(q, k, mask)
+    if kernel is not None:
+        return kernel(q, k, v, mask)
     group = q.size(1) // k.size(1)
     if group > 1:
         k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -339,7 +338,7 @@ class KVCache:
     """Keys and values of the last block_size positions. Position p is kept in slot p % size, and `at` has the
     position that each slot holds, so that attention_mask() follows from positions alone: a text may go on for
     ever, and past block_size the meaning is a forward over all of it with a banded mask of that width. size
-    grows with the text, by doubling, up to block_size. One token is written first and then attends to the
+    grows with the text, a quarter at a time, up to block_size. One token is written first and then attends to the
     slots; of several at once the first still need what the last will replace, so they attend to the slots and
     to one another, and are written afterwards."""
 
@@ -357,7 +356,7 @@ class KVCache:
         size = self.at.numel()
         wanted = min(self.length + T, self.config.block_size)
         if size < wanted:
-            more = min(self.config.block_size, max(128, 2 ** math.ceil(math.log2(wanted)))) - size
+            more = min(self.config.block_size, max(128, wanted + wanted // 4)) - size
             nowhere = 2**62  # a position that no query has reached
             self.at = F.pad(self.at, (0, more), value=nowhere)
             self.k = F.pad(self.k, (0, 0, 0, more))
@@ -742,6 +741,17 @@ FAST = True
 LARGE = 2**20  # elements from which fast_recompute pays
 MANY_LOGITS = 2**24  # the most that fast_loss makes at once on a CPU; on a GPU sixteen times as many
 
+def faster_attention(q, k, mask):
+    """The kernel that is faster than attention()'s for these shapes, or None."""
+    T, S = q.size(2), k.size(2)
+    if not FAST or (mask is not None and mask.dim() > 2):
+        return None
+    if T == 1 and (not q.is_cpu or k.size(1) * S <= 2048):
+        return one_query_attention
+    if q.is_cpu and (T == 1 or (T <= 512 and S <= 1024)):
+        return short_attention
+    return None
+
 def one_query_attention(q, k, v, mask):
     """attention() of one query a head, as when sampling: the heads that share keys take the place of T, so
     that nothing is repeated."""
@@ -750,7 +760,7 @@ def one_query_attention(q, k, v, mask):
 
 def short_attention(q, k, v, mask):
     """attention() as plain products, which on a CPU take a half to a sixth of the fused kernel's time,
-    forward and backward, over up to 512 positions."""
+    forward and backward, over up to 512 positions, and a third for one query and many keys."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if mask is None:
         mask = q.new_full((T, T), -math.inf).triu_(1)
@@ -848,11 +858,9 @@ def shares(n, parts):
 
 def fast_linear(x, weight, bias=None):
     """F.linear. On a CPU one row, each new token's work, times a matrix that lies column by column
-    (fast_layout) in half precision is a sum of the columns weighted by x, a share for each thread:
-    embedding_bag reads memory 1.7 to 2 times as fast as the product, which is made for many rows. In float32
-    the product itself does well on columns."""
-    one_row = x.is_cpu and x.numel() == x.size(-1) and weight.stride(0) == 1
-    if not one_row or weight.element_size() > 2 or weight.dtype != x.dtype:
+    (fast_layout) is a sum of the columns weighted by x, a share for each thread: embedding_bag reads memory 1.2
+    to 2 times as fast as the product, which is made for many rows."""
+    if not x.is_cpu or x.numel() > x.size(-1) or weight.stride(0) > 1 or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
     columns, begins = shares(x.numel(), torch.get_num_threads())
     parts = torch.embedding_bag(weight.t(), columns, begins, False, 0, False, x.flatten())[0]
