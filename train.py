@@ -275,10 +275,13 @@ def settings_for(seconds):
     no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
     operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
     n_params = min((operations / 6) ** 0.5, READINGS * len(data.train))
+    vocab = data.meta['vocab_size']
     n_layer = 2
-    while 12 * n_layer * (64 * n_layer) ** 2 < n_params:
+    while 12 * n_layer * (64 * n_layer) ** 2 + vocab * 64 * n_layer < n_params:
         n_layer += 2
-    n_head = max(2, round((n_params / (11 * n_layer)) ** 0.5 / 64))
+    # 11 n_layer n_embd^2 + vocab n_embd = n_params
+    n_embd = ((vocab**2 + 44 * n_layer * n_params) ** 0.5 - vocab) / (22 * n_layer)
+    n_head = max(2, round(n_embd / 64))
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
         block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
