@@ -94,7 +94,7 @@ seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
 KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
-READINGS = 5  # of a text, before a model knows it by heart
+READINGS = 6  # of a text, before a model knows it by heart
 RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
 COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
 ANY, RATE, SHARE = (0, 10**12), (0, 10), (0, 0.999999)
@@ -285,8 +285,8 @@ def settings_for(seconds):
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
         block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
-        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10,
-        max_iters=10**6, eval_interval=10**6,  # as many as there is time for, which is measured below
+        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10, eval_iters=25,
+        max_iters=10**6, eval_interval=10**6,  # as there is time for, which is measured below
     )
 
 dial = {}
@@ -415,14 +415,17 @@ if world_size > 1:
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     seconds = slowest.item()
 if dial and not eval_only:
-    left = 60 * minutes - (time.time() - began) - 2  # less evaluation and saving
+    evaluations = max(1, min(4, int(minutes)))
+    # a token of an evaluation takes about a third of one of training
+    pause = seconds / 3 * min(len(data.val), (eval_iters or 10**6) * 4096) / tokens_per_update
+    left = 60 * minutes - (time.time() - began) - evaluations * pause - 1
     enough = READINGS * len(data.train) // tokens_per_update
     if max_iters == dial['max_iters']:  # not given by a flag or a config file
         max_iters = max(1, min(int(left / seconds), enough))
         if max_iters == enough:
             say(f'note    {READINGS} readings of so short a text are enough: more would learn it by heart')
-    if eval_interval == dial['eval_interval']:  # ten evaluations at most, half a minute apart at least
-        eval_interval = min(max_iters, max(max_iters // 10, int(30 / seconds)))
+    if eval_interval == dial['eval_interval']:
+        eval_interval = math.ceil(max_iters / evaluations)
     flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
     say(f'plan    for {minutes:g} minutes, the same as: python train.py --dataset={dataset} {flags}')
 if resume:

@@ -11,8 +11,8 @@ block_size = 64
 batch_size = 12
 
 max_iters = 320
+muon_momentum = 0.8
 warmup_iters = 5
 lr_schedule = 'linear'
 eval_interval = 320
-muon_momentum = 0.8
 eval_iters = 0
