@@ -1,4 +1,4 @@
-# A character-level model of Shakespeare in about two minutes on two CPU cores, seconds to a minute on a GPU:
+# A character-level model of Shakespeare in two to three minutes on two CPU cores, seconds to a minute on a GPU:
 #     python train.py config/train_shakespeare.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
@@ -10,8 +10,8 @@ n_embd = 192
 block_size = 256
 batch_size = 8
 
-max_iters = 850
+max_iters = 1100
 warmup_iters = 10
 lr_schedule = 'linear'
-eval_interval = 425
+eval_interval = 550
 eval_iters = 0
