@@ -679,7 +679,7 @@ def runs(tmp_path_factory):
             flags = ['tiny.py', f'--optimizer={kind}', f'--lr_schedule={schedule}']
             call_script('train.py', *flags, f'--out_dir={kind}')
             with pytest.MonkeyPatch.context() as cut:
-                at_forward(cut, lambda *_: signal.raise_signal(number), n=19)  # in update 8
+                at_forward(cut, lambda *_: signal.raise_signal(number), n=21)  # in update 8
                 out, _ = call_script('train.py', *flags, f'--out_dir=cut-{kind}', status=128 + number)
             last[kind] = out.splitlines()[-1]
             call_script('train.py', '--resume', f'--out_dir=cut-{kind}', '--eval_interval=7')
@@ -765,7 +765,7 @@ def test_a_second_ctrl_c_stops_at_once(place, monkeypatch):
     monkeypatch.setattr(os, '_exit', sys.exit)
     calls = itertools.count(1)
     # in both forwards of update 1, after those of the trial
-    at_forward(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT) if next(calls) > 4 else None)
+    at_forward(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT) if next(calls) > 6 else None)
     call_script('train.py', 'tiny.py', status=130)
     assert not Path('out/ckpt.pt').exists()
 
@@ -795,7 +795,7 @@ def test_two_runs_started_at_once_in_a_fresh_clone_share_one_preparation(place):
     assert ''.join(said).count('char tokenizer, vocabulary of') == 1
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(place, monkeypatch):
-    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=13)  # in update 5
+    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=15)  # in update 5
     err = call_script('train.py', 'tiny.py', '--log_interval=10', status=1)[1]
     assert err.startswith('update 5: loss nan') and err.count('\n') == 1 and 'lower learning rate' in err
     for saved in load_checkpoint('out/ckpt.pt'), load_checkpoint('out/best.pt'):
