@@ -401,7 +401,7 @@ seconds = 0.0  # of an update
 while not seconds and not eval_only:
     with last_words():
         try:
-            seconds = max(1, n_micro / 2) * sorted(trial() for _ in range(3))[1]
+            seconds = max(1, n_micro / 2) * min(trial() for _ in range(3))
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or world_size > 1 or not out_of_memory(error):
                 raise
@@ -421,7 +421,7 @@ if dial and not eval_only:
     left = 60 * minutes - (time.time() - began) - evaluations * pause - 1
     enough = READINGS * len(data.train) // tokens_per_update
     if max_iters == dial['max_iters']:  # not given by a flag or a config file
-        max_iters = max(1, min(int(left / seconds), enough))
+        max_iters = max(1, min(int(left / (1.07 * seconds)), enough))  # what the loop adds to a trial
         if max_iters == enough:
             say(f'note    {READINGS} readings of so short a text are enough: more would learn it by heart')
     if eval_interval == dial['eval_interval']:
