@@ -1,10 +1,10 @@
 """How fast: training (ms per update and where they go, tokens/s, MFU, memory), prefill and decoding.
 
-    python bench.py --model_preset=small            # train.py's settings and flags, and those below
-    python bench.py config/train_shakespeare.py --random_data=false
-    python bench.py --report                        # a table for this machine, in up to ten minutes
+    python bench.py --model_preset=small                # train.py's settings and flags, and those below
+    python bench.py config/train_shakespeare.py         # that run, on its data
+    python bench.py --report                            # a table for this machine, in up to ten minutes
 
-Medians, with the least and the most in brackets; what is timed is waited for, warm-up does not count.
+Medians, with the least and the most in brackets; timings are synchronized, warm-up is excluded.
 """
 import os
 import signal
@@ -22,14 +22,12 @@ import torch
 
 import hardware
 import prepare
-from configurator import check, choose, configure, plain_errors, set_up_output
-from model import GPT, GPTConfig, config_from, make_optimizer, presets
+from configurator import configure, plain_errors, set_up_output
+from model import GPTConfig, OPTIMIZERS, config_from, presets, start_training
 
 # ----------------------------------------------------------------------------
-# settings, on top of train.py's
-vocab_size = 0  # 0: the preset's, or the data set's
-random_data = True  # false: batches of `dataset`, read as train.py reads them
-updates = 10  # timed updates, after two that are not
+# settings, on top of train.py's. Without --dataset or a config file's, tokens are random ones.
+updates = 10  # timed updates
 decode_batch = 1  # texts drawn at once
 decode_tokens = 50  # tokens drawn, after block_size / 2 that are read
 profile = False  # print the costliest operations of one update instead
@@ -37,6 +35,10 @@ json = False  # print the figures as JSON
 report = False  # print a table of several models on this machine
 # ----------------------------------------------------------------------------
 PARTS = ('data', 'forward', 'backward', 'optimizer')  # of an update
+ONE_OR_MORE = (1, 10**9)
+ALLOWED = dict(
+    model_preset=('', *presets), optimizer=OPTIMIZERS, compile=('auto', 'true', 'false'), batch_size=ONE_OR_MORE,
+    updates=ONE_OR_MORE, decode_batch=ONE_OR_MORE, decode_tokens=ONE_OR_MORE)
 
 def print_report():
     """The table. Each row is measured in a process of its own, so that its peak memory is its own."""
@@ -58,100 +60,84 @@ def print_report():
         if done.returncode:  # out of memory, say
             print(f'| `{row}` | failed: {" ".join(done.stderr.split())[-80:]} | | | | | |')
             continue
-        f = loads(done.stdout)
+        f = loads(done.stdout.splitlines()[-1])
         print(f'| `{row}` | {f["parameters"] / 1e6:.1f}M | {f["tokens_per_sec"]:,.0f} | {f["mfu"]:.0%} '
               f'| {f["peak_memory"] / 2**30:.2f} | {f["decode_tokens_per_sec"]:,.0f} '
               f'| {f["bandwidth_share"]:.0%} |')
 
 set_up_output()
-sources = GPTConfig, os.path.join(os.path.dirname(__file__), 'train.py'), __file__
-config = configure(*sources)
+config, given = configure(GPTConfig, os.path.join(os.path.dirname(__file__), 'train.py'), __file__, allowed=ALLOWED)
 with plain_errors():
-    choose(config, 'model_preset', presets)
-    choose(config, 'compile', ('auto', 'true', 'false'))
-    config = configure(*sources, saved={**presets[config['model_preset']], 'vocab_size': 0})
-    globals().update(config)
-    for name in ('updates', 'decode_batch', 'decode_tokens', 'batch_size'):
-        check(config, name, 1, 10**9)
-    device = hardware.pick_device(device)
-    dtype = hardware.pick_dtype(device, dtype)
-    hardware.set_up(device, threads)
-    if report:
+    config |= presets.get(config['model_preset'], {}) | given
+    device = hardware.pick_device(config['device'])
+    dtype = hardware.pick_dtype(device, config['dtype'])
+    threads = hardware.set_up(device, config['threads'])
+    config.update(device=device, dtype=dtype, threads=threads)
+    if config['report']:
         print_report()
         sys.exit()
-    data = None if random_data else prepare.load_dataset(dataset)
-    default = data.meta['vocab_size'] if data else presets[model_preset]['vocab_size']
-    model_config = config_from(config, vocab_size=vocab_size or default)
-    torch.manual_seed(seed)
-    model = raw_model = GPT(model_config).to(device)
-    optimizer = make_optimizer(raw_model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate,
-                               muon_momentum, weight_decay)
-    if compile == 'true':
-        problem = hardware.compile_problem(device)
-        if problem:
-            raise ValueError(f'torch.compile does not work here: {problem}')
-        model = torch.compile(model)
-if data:
-    batches = prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device)
-else:
-    ids = torch.randint(model_config.vocab_size, (batch_size, block_size + 1), device=device)
-    batches = itertools.repeat((ids[:, :-1], ids[:, 1:]))
+    data = prepare.load_dataset(config['dataset']) if 'dataset' in given else None
+    vocab_size = data.meta['vocab_size'] if data else GPTConfig.vocab_size
+    model_config = config_from(config, vocab_size=config['vocab_size'] or vocab_size)
+    config['compile'], problem = hardware.choose_compile(config['compile'], device, 0)
+    if problem and 'compile' in given:
+        raise ValueError(f'torch.compile does not work here: {problem}')
+globals().update(config)
+block_size = model_config.block_size
 
-def update():
-    """One update; how long each of its PARTS took, in ms."""
-    stamps = [time.perf_counter()]
+def make():
+    return start_training(model_config, config)
 
-    def done():
-        hardware.synchronize(device)
-        stamps.append(time.perf_counter())
+def sequences(n):
+    if data:
+        return next(prepare.batches(data.train, 0, n, n, block_size, seed, device))
+    ids = torch.randint(model_config.vocab_size, (n, block_size + 1), device=device)
+    return ids[:, :-1], ids[:, 1:]
 
-    x, y = next(batches)
-    done()
-    with hardware.autocast(device, dtype):
-        loss = model(x, y, return_logits=False)[1]
-    done()
-    loss.backward()
-    done()
-    torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf'))
-    with hardware.autocast(device, dtype):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    done()
-    return [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
+# ----------------------------------------------------------------------------
+# training: whole updates, then their parts, each waited for
 
 with plain_errors():  # of the data
-    for _ in range(2):
-        update()
+    trial = hardware.fit(make, sequences, config, 1, updates + 1)
+peak_memory = hardware.peak_memory(device)
+peak, origin = hardware.peak_flops(device, dtype)
+model, optimizer = make()
+tokens_per_sec = trial.batch_size * trial.n_micro * block_size / median(trial.updates)
+mfu = model.flops_per_token() * tokens_per_sec / peak
+trained = torch.compile(model) if compile == 'true' else model
 if profile:
     with torch.profiler.profile() as profiler:
-        update()
+        list(hardware.update_in_parts(trained, optimizer, [sequences(trial.batch_size)]))
     by = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
     print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
     sys.exit()
-hardware.reset_peak_memory(device)
-times = [update() for _ in range(updates)]
-ms = dict(zip(PARTS, zip(*times)))
-ms['all'] = [sum(parts) for parts in times]
-peak_memory = hardware.peak_memory(device)
-peak, origin = hardware.peak_flops(device, dtype)
-tokens_per_sec = batch_size * block_size / median(ms['all']) * 1000
-mfu = raw_model.flops_per_token() * tokens_per_sec / peak
-
-raw_model.eval().to(getattr(torch, dtype))
+ms = {part: [] for part in PARTS}
+for _ in range(len(trial.updates) + 1):
+    stamps = [time.perf_counter()]
+    micro_batch = sequences(trial.batch_size)
+    hardware.synchronize(device)
+    stamps.append(time.perf_counter())
+    for _ in hardware.update_in_parts(trained, optimizer, [micro_batch]):
+        hardware.synchronize(device)
+        stamps.append(time.perf_counter())
+    for part, (a, b) in zip(PARTS, itertools.pairwise(stamps)):
+        ms[part].append(1000 * (b - a))
+ms = {part: times[1:] for part, times in ms.items()} | {'all': [1000 * seconds for seconds in trial.updates]}
+model.eval().to(getattr(torch, dtype))
 prompt = torch.randint(model_config.vocab_size, (decode_batch, block_size // 2), device=device)
 stamps = [time.perf_counter()]
-for new in raw_model.stream(prompt, decode_tokens + 3, temperature=0.8, top_k=200):
+for new in model.stream(prompt, decode_tokens + 3, temperature=0.8, top_k=200):
     new.tolist()  # as sample.py does: waits for the device
     stamps.append(time.perf_counter())
 # the first two steps also lay out the weights or capture the graph
 prefill, _, _, *steps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 # at best a step takes as long as reading every weight once
-weights, bandwidth = sum(p.nbytes for p in raw_model.parameters()), hardware.measure_bandwidth(device)
+weights, bandwidth = sum(p.nbytes for p in model.parameters()), hardware.measure_bandwidth(device)
 bandwidth_share = weights / (median(steps) / 1000) / bandwidth
 
 f = dict(
     device=hardware.device_name(device), torch=torch.__version__, dtype=dtype,
-    compiled=model is not raw_model, parameters=raw_model.n_params(), block_size=block_size,
+    compiled=compile == 'true', parameters=model.n_params(), block_size=block_size,
     batch_size=batch_size, ms_per_update=ms, tokens_per_sec=tokens_per_sec, mfu=mfu, peak_flops=peak,
     peak_origin=origin, peak_memory=peak_memory,
     context=prompt.size(1), decode_batch=decode_batch, prefill_tokens_per_sec=1000 * prompt.numel() / prefill,

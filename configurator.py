@@ -1,47 +1,53 @@
-"""Settings: dataclasses and the blocks at the top of scripts, then config files, then --key=value flags.
+"""What a run is told and what it leaves: settings, questions, plain errors, signals, the run's folder.
 
-    config = configure(GPTConfig, __file__)         # in the script, right after its block
+    config, given = configure(GPTConfig, __file__)    # in the script, right after its block of settings
     globals().update(config)
     python train.py config/train_shakespeare.py --batch_size=32 --resume
 
-The block is only read. A config file runs in a namespace of its own that holds the settings so far, and
-what it assigns is checked as flags are. A mistake is one line and exit status 2, never a traceback.
+Settings are the fields of dataclasses and the assignments at the top of a script. Config files assign others, and
+--name=value flags win over both. A mistake is one line and exit status 2, never a traceback.
 """
 import ast
+import csv
 import dataclasses
 import difflib
 import errno
 import inspect
 import os
 import re
-import runpy
+import shlex
+import shutil
+import signal
 import sys
 import textwrap
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
-WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': False, 'n': False, '0': False}
+import filelock  # comes with torch
+
+# ----------------------------------------------------------------------------
+# plain errors and output
 
 def stop(message):
-    """Ends the program: one line on stderr, exit status 2."""
+    """End the program: one line on stderr, exit status 2."""
     print(' '.join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 @contextmanager
-def plain_errors():
-    """ValueError and OSError raised inside, which are what a user's mistake looks like, become stop(); so
-    does an optional package that is not there."""
+def plain_errors(what_is_left=None):
+    """Turn a ValueError or OSError inside, which are what a user's mistake looks like, into stop(); likewise
+    an optional package that is missing. what_is_left() says what survives."""
     try:
         yield
     except ImportError as error:
         stop(f'{error}: pip install {error.name}' if error.name else error)
     except (ValueError, OSError) as error:
         path = getattr(error, 'filename', None)
-        stop(f'{path}: {error.strerror}' if path else error)
+        message = f'{path}: {error.strerror}' if path else error
+        stop(f'{message}; {what_is_left()}' if what_is_left else message)
 
 def set_up_output():
-    """Output appears at once, whatever its characters; a full stdout ends the program in one line."""
+    """Print at once, whatever the characters; a full stdout ends the program in one line."""
     stream, write = sys.stdout, sys.stdout.write
 
     def write_now(text):
@@ -57,12 +63,58 @@ def set_up_output():
         stream.reconfigure(errors='backslashreplace')
         stream.write = write_now
 
+def progress(text):
+    """On a terminal, a line that the next one replaces."""
+    if sys.stdout.isatty():
+        print(f'{text}\r', end='', flush=True)
+
+def clock(seconds):
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
+
+@contextmanager
+def watching(what):
+    """What only watches a run cannot end it: whatever fails inside is reported in one line."""
+    try:
+        yield
+    except Exception as error:  # of a package that is not ours
+        print(f'{what} failed: {" ".join(f"{type(error).__name__}: {error}".split())[:200]}')
+
+def catch_signals(quiet=False):
+    """Ask the run to save and stop where a signal would end it; a second one stops at once -> the list of
+    signals that have come."""
+    come = []
+
+    def note(number, frame):
+        come.append(number)
+        if len(come) > 1 and 'RANK' not in os.environ:  # torchrun repeats the signal
+            os._exit(128 + number)
+        if len(come) == 1 and not quiet:
+            name = signal.Signals(number).name
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f'\n{name}: finishing this update and saving; once more stops at once\n'.encode())
+
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):  # schedulers announce the end by SIGUSR1
+        number = getattr(signal, name, None)  # Windows lacks some
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note)
+    return come
+
+# ----------------------------------------------------------------------------
+# settings
+
+KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
+WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': False, 'n': False, '0': False}
+
 def read_block(source):
     """Settings of a dataclass or of the script at a path -> ({name: default}, {name: comment}, docstring)."""
     defaults, doc = {}, ''
     if isinstance(source, type):
         text = '\n'.join(inspect.getsource(cls) for cls in source.__mro__[:-1])
         defaults = {field.name: field.default for field in dataclasses.fields(source)}
+        for name, value in defaults.items():
+            if type(value) not in KINDS:
+                raise ValueError(f'{source.__name__}.{name} = {value!r} cannot be a setting: let it start as true '
+                                 'or false, a number or a text, and let 0 or an empty text mean none')
     else:
         text = Path(source).read_text(encoding='utf-8')
         tree = ast.parse(text)
@@ -85,45 +137,55 @@ def parse(text, default):
         return WORDS.get(text.lower(), text) if isinstance(default, bool) else type(default)(text)
     return text
 
-def checked(name, value, default):
-    """value in default's type (an int is welcome for a float), or ValueError."""
+def checked(name, value, default, allowed=None):
+    """value in default's type (an int is welcome for a float), or ValueError. allowed: the least and the most
+    of a number (else any that is not negative), or the choices of a text (else any)."""
     kind = type(default)
-    right = type(value) is kind
-    if kind is float:
-        right = type(value) in (int, float) and -1e308 < value < 1e308  # neither nan nor inf
-    if not right:
+    if not (type(value) is kind or kind is float and type(value) is int):
         raise ValueError(f'{name} must be {KINDS.get(kind, default)}, not {value!r}')
-    return float(value) if kind is float else value
-
-def check(config, name, low, high):
-    if not low <= config[name] <= high:
-        raise ValueError(f'{name} is {config[name]}: it must be from {low} to {high:g}')
-
-def choose(config, name, choices):
-    if config[name] not in choices:
-        raise ValueError(f'{name} is {config[name]!r}: it must be one of {", ".join(choices)}')
+    if kind in (int, float):
+        least, most = allowed or (0, 1e15)
+        if not least <= value <= most:  # nor is nan
+            raise ValueError(f'{name} is {value}: it must be a number from {least} to {most:g}')
+    if kind is str and allowed:
+        value = value.lower()
+        if value not in allowed:
+            raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(filter(None, allowed))}')
+    return kind(value)
 
 def unknown(name, settings):
     near = difflib.get_close_matches(name, settings, 1, cutoff=0.5)
     advice = f'did you mean {near[0]}?' if near else '--help lists them'
     return f'there is no setting {name!r}: {advice}'
 
+class Namespace(dict):
+    """What a config file assigns; where it only reads a setting, it finds the value so far."""
+
+    def __init__(self, settings):
+        super().__init__(__name__='config')
+        self.settings = settings
+
+    def __missing__(self, name):
+        return self.settings[name]
+
 def run_config(path, settings):
-    """The settings as the config file at path changes them; its modules, functions and _names don't count."""
+    """Execute the config file at path -> what it assigns; modules, functions and names starting with _ are
+    ignored."""
     if not (path.endswith('.py') and Path(path).is_file()):
         raise ValueError(f'there is no config file {path!r}; settings are written --name=value')
+    names = Namespace(settings)
     try:
-        space = runpy.run_path(path, settings, 'config')
+        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), names)
     except (Exception, SystemExit) as error:  # whatever it is, it happened in the user's file
         raise ValueError(f'{path}: {type(error).__name__}: {error}') from None
-    for name, value in space.items():
-        if name in settings:
-            settings[name] = checked(f'{path}: {name}', value, settings[name])
-        elif not (name.startswith('_') or callable(value) or inspect.ismodule(value)):
+    own = {name: value for name, value in names.items()
+           if not (name.startswith('_') or callable(value) or inspect.ismodule(value))}
+    for name in own:
+        if name not in settings:
             raise ValueError(f'{path}: {unknown(name, settings)} (names of your own begin with _)')
-    return settings
+    return own
 
-def help_text(sources, settings):
+def help_text(sources, settings, allowed):
     """The script's docstring, and each setting where the last source has it."""
     lines, left = [read_block(sources[-1])[2]], dict(settings)
     for source in reversed(sources):
@@ -133,42 +195,51 @@ def help_text(sources, settings):
         for name in [name for name in defaults if name in left]:
             value = left.pop(name)
             flag = f'{name} ...' if isinstance(value, list) else f'--{name}={value}'
-            lines += textwrap.wrap(f'  {flag:32} {comments.get(name, "")}', 100, subsequent_indent=' ' * 35)
+            comment = comments.get(name, '')
+            if isinstance(value, str) and name in allowed:
+                comment += f' ({", ".join(filter(None, allowed[name]))})'
+            lines += textwrap.wrap(f'  {flag:32} {comment}', 100, subsequent_indent=' ' * 35)
     return '\n'.join(lines)
 
 @plain_errors()
-def configure(*sources, argv=None, saved={}):
-    """The resolved {name: value} of the sources (dataclasses and scripts' paths; a later one's default wins),
-    config files and flags. What is in saved, a run's earlier settings, takes the place of the defaults."""
+def configure(*sources, argv=None, allowed={}):
+    """(settings, given): every {name: value} of the sources (dataclasses and scripts' paths; a later one's
+    default wins) after config files and flags, and the part that these gave. Each config file is executed
+    once. allowed: {name: (least, most) or choices}; other numbers must not be negative."""
     argv = sys.argv[1:] if argv is None else argv
     settings, flags, plain = {}, {}, []
     for source in sources:
         settings.update(read_block(source)[0])
-    for name in settings.keys() & saved.keys():
-        settings[name] = checked(name, saved[name], settings[name])
     if '-h' in argv or '--help' in argv:
-        print(help_text(sources, settings))
+        print(help_text(sources, settings, allowed))
         sys.exit(0)
     for argument in argv:
         name, equals, text = argument.lstrip('-').partition('=')
-        if not argument.startswith('-'):
+        if not argument.startswith('-') or argument == '-':
             plain.append(argument)
         elif name not in settings:
             raise ValueError(unknown(name, settings))
         elif equals or isinstance(settings[name], bool):
             value = parse(text if equals else 'true', settings[name])
-            flags[name] = checked(f'--{name}', value, settings[name])
+            flags[name] = checked(f'--{name}', value, settings[name], allowed.get(name))
         else:
             raise ValueError(f'{argument} needs a value: write {argument}=VALUE, with an equals sign')
     collects = [name for name in settings if isinstance(settings[name], list)]
     if collects:  # it takes what is no flag, and there are no config files
-        return {**settings, collects[0]: plain, **flags}
+        flags[collects[0]], plain = plain, []
+    given = {}
     for path in plain:
-        settings = run_config(path, settings)
-    return {**settings, **flags}
+        for name, value in run_config(path, settings | given).items():
+            given[name] = checked(f'{path}: {name}', value, settings[name], allowed.get(name))
+    given.update(flags)
+    return settings | given, given
+
+# ----------------------------------------------------------------------------
+# questions
 
 def ask(question, default, check=None):
-    """The answer typed on the terminal, asked for until it has default's type and check(value) accepts it."""
+    """The answer typed on the terminal, in default's type, as check(answer) returns it; asked again while
+    that raises an error."""
     while True:
         try:
             text = input(f'{question} [{default}] ').strip()
@@ -176,8 +247,156 @@ def ask(question, default, check=None):
             stop('no answer (is this a terminal?): each question is also a flag, see --help')
         try:
             value = checked('the answer', parse(text, default) if text else default, default)
-            if check:
-                check(value)
-            return value
+            return check(value) if check else value
         except (ValueError, OSError) as error:
             print(f'  {error}')
+
+def above_zero(number):
+    if not number > 0:
+        raise ValueError('it must be more than 0')
+    return number
+
+def interview(script, questions):
+    """Ask questions, each (setting, question, default, check), write the answers into config/my_NAME.py for
+    this script, and run it if told to."""
+    def new_path(name):
+        name = re.sub('[^A-Za-z0-9_-]+', '_', name).removeprefix('my_')
+        path = os.path.join('config', f'my_{name}.py')
+        if os.path.exists(path):
+            raise ValueError(f'{path} exists already')
+        return path
+
+    answers = {name: ask(question, default, check) for name, question, default, check in questions}
+    path = ask('name of the run', answers.get('dataset', 'run'), new_path)
+    answers['out_dir'] = 'out-' + Path(path).stem.removeprefix('my_')
+    os.makedirs('config', exist_ok=True)
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(f'# python {script} {path}; all settings: python {script} --help\n')
+        file.writelines(f'{name} = {value!r}\n' for name, value in answers.items())
+    print(f'wrote {path}')
+    if not ask('start it now', True):
+        print(f'later: python {script} {path}')
+        sys.exit()
+    os.execv(sys.executable, [sys.executable, script, path])  # signals reach the run itself
+
+# ----------------------------------------------------------------------------
+# the run's folder
+
+class RunFolder:
+    """out_dir, locked against other runs: the checkpoints, log.csv and loss.png of one run. An older run's
+    files are put aside unless it is resumed. ValueError where that fails, or the disk has less than
+    bytes_needed."""
+    FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', '.wandb')
+    wandb_run = None
+
+    def __init__(self, path, resume, bytes_needed):
+        self.path = path
+        self.log_path = os.path.join(path, 'log.csv')
+        os.makedirs(path, exist_ok=True)
+        self.lock = filelock.FileLock(os.path.join(path, '.lock'))
+        try:
+            self.lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f'another run is using {path}: choose another --out_dir') from None
+        free = shutil.disk_usage(path).free
+        if free < bytes_needed:
+            raise ValueError(f'{path} has {free / 2**30:.2f} GiB free, the checkpoints take about '
+                             f'{bytes_needed / 2**30:.2f} GiB: free some, or choose another --out_dir')
+        if not resume:
+            self.put_aside()
+
+    def put_aside(self):
+        """Move an older run's files to the first free path-1, path-2, ..."""
+        older = [name for name in self.FILES if os.path.exists(os.path.join(self.path, name))]
+        if not older:
+            return
+        number = 1
+        while os.path.exists(f'{os.path.abspath(self.path)}-{number}'):
+            number += 1
+        aside = f'{os.path.abspath(self.path)}-{number}'
+        os.mkdir(aside)
+        for name in older:
+            shutil.move(os.path.join(self.path, name), aside)
+        print(f'kept    the run that was in {self.path} is in {os.path.relpath(aside)} now')
+
+    def rows(self):
+        """log.csv -> its columns, and its whole rows as {column: text}."""
+        if not os.path.exists(self.log_path):
+            return [], []
+        with open(self.log_path, encoding='utf-8', newline='') as file:
+            reader = csv.DictReader(file, restval=None)
+            rows = [row for row in reader if None not in row.values()]
+        return list(reader.fieldnames or []), rows
+
+    def rewrite(self, columns, rows):
+        with open(f'{self.log_path}.part', 'w', encoding='utf-8', newline='') as file:
+            writer = csv.DictWriter(file, columns, restval='')
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f'{self.log_path}.part', self.log_path)
+
+    def keep_rows(self, wanted):
+        """Drop the rows of log.csv that the run will make again: those where wanted(iter, row) is false."""
+        columns, rows = self.rows()
+        if columns:
+            self.rewrite(columns, [row for row in rows if wanted(int(row['iter']), row)])
+
+    def watch_with_wandb(self, project, name, config):
+        """Log to Weights & Biases, too; a resumed run continues there."""
+        with watching('wandb'):
+            import wandb
+            kept = Path(self.path, '.wandb')  # the id of the run there
+            id = kept.read_text() if kept.exists() else None
+            self.wandb_run = wandb.init(project=project, name=name or self.path, config=config, id=id, resume='allow')
+            kept.write_text(self.wandb_run.id)
+
+    def log(self, row):
+        """Append a row {column: value} to log.csv; a new column is empty in earlier rows."""
+        os.makedirs(self.path, exist_ok=True)  # it may have been deleted
+        columns, rows = self.rows()
+        if not set(row) <= set(columns):
+            columns = [*columns, *(name for name in row if name not in columns)]
+            self.rewrite(columns, rows)
+        with open(self.log_path, 'a', encoding='utf-8', newline='') as file:
+            csv.DictWriter(file, columns, restval='').writerow(row)
+        if self.wandb_run:
+            with watching('wandb'):
+                self.wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
+
+    def plot(self, title):
+        """Draw loss.png from log.csv, where matplotlib is installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
+        for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
+            points = [(float(row['elapsed_s']), float(row[name])) for row in self.rows()[1] if row[name]]
+            if points:
+                axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
+        axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
+        axes.legend()
+        figure.savefig(os.path.join(self.path, 'loss.png'), dpi=110)
+        pyplot.close(figure)
+
+def show_status(machine, data_sets, load):
+    """Print what the machine has, the data sets, each run below the current folder as load(path) reads its
+    checkpoint, and the command that comes next."""
+    print(machine)
+    print(f'\ndata sets in data/: {", ".join(data_sets) or "none yet (python prepare.py FILE makes one)"}')
+    command = 'python train.py config/train_shakespeare_quick.py'
+    paths = [*Path('.').glob('*/ckpt.pt'), *Path('.').glob('*/*/ckpt.pt')]
+    for path in sorted(paths, key=os.path.getmtime):
+        try:
+            run = load(path)
+        except ValueError as error:
+            print(f'run in {path.parent}: {error}')
+            continue
+        updates, loss = run['config']['max_iters'], run['best_val_loss']
+        judged = 'not evaluated yet' if loss == float('inf') else f'best validation loss {loss:.4f}'
+        print(f'run in {path.parent}: {run["config"]["dataset"]}, update {run["iter_num"]} of {updates}, {judged}')
+        script = 'train.py --resume' if run['iter_num'] < updates else 'sample.py'
+        command = f'python {script} --out_dir={shlex.quote(str(path.parent))}'
+    print(f'next: {command}')

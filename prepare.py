@@ -3,12 +3,15 @@ Text in, tokens out, and batches read back: data/NAME/ with train.bin, val.bin a
 
     python prepare.py                                  # list what is prepared
     python prepare.py shakespeare                      # or pydoc: English that comes with Python
-    python prepare.py my.txt more.txt --name=poems     # also folders, URLs, hf:owner/name:column
+    python prepare.py my.txt more.txt --name=poems     # also folders, URLs, or - for standard input
+    python prepare.py chat.jsonl --column=text         # a document in each row; also .csv, .parquet
+    python prepare.py hf:owner/name                    # also hf:owner/name/configuration@split:column
     python prepare.py my.txt --tokenizer=out/best.pt   # with a checkpoint's tokenizer
     python prepare.py --info=poems                     # figures and passages of a prepared data set
 
-Tokens decode to exactly the text they were made from, and memory stays bounded. Between documents
-(files, rows) stands the end-of-text token, or a newline if the tokenizer has none.
+Tokens decode to exactly the text, except that lines end with \\n and a byte order mark is dropped.
+The end-of-text token separates documents (files, rows), or a newline if the tokenizer has none.
+Memory stays bounded; during the work the disk holds a copy of the text.
 """
 import os
 import signal
@@ -27,9 +30,10 @@ import logging
 import shutil
 import sys
 import time
+from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,31 +43,34 @@ import tiktoken
 import torch
 from filelock import FileLock  # comes with torch
 
-from configurator import configure, plain_errors, set_up_output
+from configurator import checked, configure, plain_errors, set_up_output
 
 # ----------------------------------------------------------------------------
 # settings
-sources = []  # what to prepare: shakespeare, pydoc, text files, folders, URLs, hf:owner/name[:column]
+sources = []  # shakespeare, pydoc, files of text or rows, folders, URLs, hf:owner/name, - (standard input)
 name = ''  # folder in data/; empty: made from the first source
-tokenizer = 'auto'  # auto, char, bpe (trained on this text), gpt2; or that of a checkpoint, folder, data set
+column = 'text'  # the column that holds the text, for sources with rows
+shuffle = True  # shuffle the documents, always in the same way; false: keep their order
+tokenizer = 'auto'  # auto, char, bpe (trained on this text), gpt2; or the one of this data set or run
 vocab_size = 0  # tokens in a bpe vocabulary, at least 257; 0: chosen to suit the text
-val_fraction = 0.1  # share of the tokens, from the end, kept for validation (10 million at most)
-max_mb = 0  # keep about this many million bytes; 0: all (a tokenizer may read more)
-overwrite = False  # replace a data set of the same name that was made from other sources
+val_fraction = 0.1  # share of the text, from the end, kept for validation (10 million characters at most)
+max_mb = 0  # read about this many million bytes of text; 0: all
+overwrite = False  # replace a data set of the same name that was made from other sources or settings
 info = ''  # show this prepared data set
 # ----------------------------------------------------------------------------
 DATA = Path('data')
 DOWNLOADS = {'shakespeare': (  # address, sha256
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')}
+KNOWN = (*DOWNLOADS, 'pydoc')  # data sets that train.py prepares where they are missing
 # how GPT-2 divides a text into words
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = '<|endoftext|>'
-PIECE = 1 << 20  # characters read and encoded at a time
-SMALL = 4 << 20  # bytes: up to here, and to 256 characters, 'auto' is the char tokenizer
-SAMPLE = 16 << 20  # characters that bpe is trained on, from the beginning of each source,
+PIECE = 1 << 16  # characters encoded at a time: a million blanks in a row overflow tiktoken's stack
+SMALL = 4 << 20  # characters: up to here, and to 256 different ones, 'auto' is the char tokenizer
+SAMPLE = 16 << 20  # characters that bpe is trained on, in evenly spaced pieces,
 WORDS = 100_000  # and how many of their words, the most frequent: time and memory depend on it
-VAL_MAX = 10_000_000  # tokens: more makes an evaluation slower, not better
+VAL_MAX = 10_000_000  # characters: more makes an evaluation slower, not better
 RETRY_WAITS = (1, 2)  # seconds: without a network the answer comes quickly
 
 # ----------------------------------------------------------------------------
@@ -82,7 +89,6 @@ class Tokenizer:
         elif self.kind == 'hf':
             from tokenizers import Tokenizer as HF
             self.hf = HF.from_str(meta['json'])
-            self.hf.no_truncation()
             self.hf.encode_special_tokens = True  # in a text their names are text
             self.vocab_size, self.end_of_text = meta['vocab_size'], meta['end_of_text']
         else:
@@ -92,6 +98,7 @@ class Tokenizer:
                                          special_tokens={END_OF_TEXT: self.end_of_text})
             self.table.append(END_OF_TEXT.encode())
             self.vocab_size = len(self.table)
+        self.ends = meta.get('ends') or [self.end_of_text]  # any of these ids ends a text
         self.dtype = np.dtype('<u2' if self.vocab_size <= 1 << 16 else '<u4')
 
     def encode(self, text):
@@ -116,9 +123,18 @@ class Tokenizer:
     def decoder(self):
         """-> piece(id), the text that this next id completes; piece(None), what is left over at the end"""
         if self.kind == 'hf':
-            from tokenizers.decoders import DecodeStream
-            stream = DecodeStream(skip_special_tokens=False)
-            return lambda id: '' if id is None else stream.step(self.hf, id) or ''
+            held = []  # ids whose last character may be incomplete
+
+            def piece(id):
+                if id is not None:
+                    held.append(id)
+                text = self.decode(held)
+                if id is not None and text.endswith('\ufffd'):
+                    return ''
+                held.clear()
+                return text
+
+            return piece
         decode = codecs.getincrementaldecoder('utf-8')('replace').decode
         tokens = dict(enumerate(self.table))
         return lambda id: decode(tokens.get(id, b''), id is None)
@@ -160,35 +176,25 @@ def train_bpe(counts, size):
             heapq.heappush(heap, (-pairs[other], other))
     return list(tokens)
 
-def count_words(parts):
-    """{word: how often} in a sample of the text, for which each part is read up to its share. Long words are
-    cut, as the time for one grows with its square."""
-    counts, read = Counter(), 0
-    for i, part in enumerate(parts, 1):
-        for text in stream([part], ''):
-            if read >= SAMPLE * i / len(parts):
-                break
-            for word in regex.findall(PATTERN, text):
-                counts.update(word[at:at + 32] for at in range(0, len(word), 32))
-            read += len(text)
+def count_words(texts):
+    """{word: how often}. Long words are cut, as the time for one grows with its square."""
+    counts = Counter()
+    for text in texts:
+        for word in regex.findall(PATTERN, text):
+            counts.update(word[at:at + 32] for at in range(0, len(word), 32))
     return dict(counts.most_common(WORDS))
 
-def make_tokenizer(kind, vocab_size, parts):
-    """-> the tokenizer's meta, made for this text or taken from a checkpoint, a folder or a data set"""
-    size = sum(part.stat().st_size if isinstance(part, Path) else 10**9 for part in parts)  # a guess for rows
-    if kind in ('auto', 'char'):
-        chars, read = set(), 0
-        for text in stream(parts, '\n'):
-            chars.update(text)
-            read += len(text.encode())
-            if kind == 'auto' and read > SMALL:
-                break
-        else:
-            size = read
-            if kind == 'char' or len(chars) <= 256:
-                return {'kind': 'char', 'chars': ''.join(sorted(chars))}
+def make_tokenizer(kind, vocab_size, read, size):
+    """-> the tokenizer's meta, made for the text that read(separator) yields, of `size` characters, or taken
+    from a data set, a run folder or a checkpoint"""
+    if kind == 'char' or (kind == 'auto' and size <= SMALL):
+        chars = set()
+        for piece in read('\n'):
+            chars.update(piece)
+        if kind == 'char' or len(chars) <= 256:
+            return {'kind': 'char', 'chars': ''.join(sorted(chars))}
     if kind in ('auto', 'bpe'):
-        counts = count_words(parts)
+        counts = count_words(itertools.islice(read('\n'), 0, None, 1 + size // SAMPLE))
         # a guess: twice the vocabulary for ten times the text, 2,300 for 1 MB and 8,200 for 100 MB, and a
         # token for each character beyond ASCII, as Chinese would fall into single bytes otherwise
         others = {c for word in counts for c in word if c > '\x7f'}
@@ -203,46 +209,17 @@ def make_tokenizer(kind, vocab_size, parts):
             raise ConnectionError("GPT-2's vocabulary can't be downloaded: use --tokenizer=bpe, or set "
                                   'TIKTOKEN_CACHE_DIR to a folder that holds it') from None
         return bpe_meta('gpt2', [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)])
-    from model import hf_tokenizer, load_checkpoint
-    if os.path.exists(os.path.join(kind, 'tokenizer.json')):
-        return hf_tokenizer(kind)
-    if os.path.isfile(kind):
-        return load_checkpoint(kind)['tokenizer']
     if kind in data_sets():
         return load_dataset(kind).meta['tokenizer']
-    raise ValueError(f'--tokenizer={kind} is not auto, char, bpe or gpt2, nor a checkpoint, a folder with '
-                     'tokenizer.json or a prepared data set')
+    if os.path.exists(kind):
+        from model import load_checkpoint
+        return load_checkpoint(kind)['tokenizer']
+    raise ValueError(f'--tokenizer={kind} is not auto, char, bpe or gpt2, nor a prepared data set, a run '
+                     'folder or a checkpoint')
 
 def bpe_meta(kind, tokens):
     ranks = [base64.b64encode(token).decode() for token in tokens]
     return {'kind': kind, 'pattern': PATTERN, 'ranks': ranks, 'special': {END_OF_TEXT: len(ranks)}}
-
-def export_tokenizer(meta):
-    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in
-    a text is the special token, and characters that a char tokenizer does not know are left out."""
-    from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
-    coder = Tokenizer(meta)
-    if coder.kind == 'hf':
-        return coder.hf
-    if coder.kind == 'char':
-        exported = HF(models.BPE(coder.ids, []))
-        exported.decoder = decoders.Fuse()
-        return exported
-    # GPT-2 writes bytes that are printable in Latin-1 as these characters, others as those from 256 on
-    letters = {b: chr(b) for b in range(33, 256) if chr(b).isprintable()}
-    others = [b for b in range(256) if b not in letters]
-    letters |= {b: chr(256 + i) for i, b in enumerate(others)}
-    tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
-    ids = {token: i for i, token in enumerate(tokens)}
-    splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
-    merges = [(a, b) for a, b in splits if a in ids and b in ids]  # any two tokens that make up a third merge
-    exported = HF(models.BPE(ids, merges, ignore_merges=True))  # a word that is a token is one
-    words = pre_tokenizers.Split(Regex(meta['pattern']), 'isolated')
-    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    exported.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
-    exported.decoder = decoders.ByteLevel()
-    exported.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return exported
 
 # ----------------------------------------------------------------------------
 # where the text comes from
@@ -250,35 +227,35 @@ def export_tokenizer(meta):
 def printable(text):
     """The text with control characters and overrides of its direction as escapes: no terminal obeys them."""
     return regex.sub(r'(?![\n\t])[\p{Cc}\p{Cs}\u202a-\u202e\u2066-\u2069]',
-                     lambda match: match[0].encode('unicode_escape').decode(), text)
+                     lambda match: match[0].encode('unicode_escape').decode(), str(text))
 
 def download(source, folder, part):
     """A URL or a name in DOWNLOADS -> the path of its text, which is fetched once, whole or not at all, by
     way of the file part. ConnectionError if that fails."""
     import requests  # here, because it takes 60 ms, and sample.py does without
     url, sha256 = DOWNLOADS.get(source, (source, None))
-    kept = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:16]}.txt'
-    path = DATA / source / 'input.txt' if sha256 else kept
+    kept = hashlib.sha256(url.encode()).hexdigest()[:16] + Path(url.split('?')[0]).suffix
+    path = DATA / source / 'input.txt' if sha256 else folder / kept
     if path.exists():
         return path
-    print(f'fetching {url} ...', flush=True)
-    for wait in (*RETRY_WAITS, None):
-        try:
-            with requests.get(url, stream=True, timeout=(3, 30)) as reply, open(part, 'wb') as file:
-                reply.raise_for_status()
-                for block in reply.iter_content(1 << 16):
-                    file.write(block)
-            break
-        except requests.RequestException as error:
-            if wait is None:
-                why = error if isinstance(error, requests.HTTPError) else 'the connection failed'
-                raise ConnectionError(f'{url} cannot be downloaded ({why}): '
-                                      f'try again, or put the text at {path}') from None
-            time.sleep(wait)
+    shown = printable(url)
+    print(f'fetching {shown} ...', flush=True)
+    try:
+        with requests.get(url, stream=True, timeout=(3, 30)) as reply, open(part, 'wb') as file:
+            reply.raise_for_status()
+            for block in reply.iter_content(1 << 16):
+                file.write(block)
+    except requests.RequestException as error:
+        why = printable(error) if isinstance(error, requests.HTTPError) else 'the connection failed'
+        raise ConnectionError(f'{shown} cannot be downloaded ({why}): '
+                              f'try again, or put the text at {path}') from None
     if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f'{url} sent a different text than expected: try again, or put the text at {path}')
+        raise ValueError(f'{shown} sent a different text than expected: try again, or put the text at {path}')
     path.parent.mkdir(exist_ok=True)
-    return part.rename(path)
+    return Path(shutil.move(part, path))  # data/shakespeare may be on another disk
+
+def is_text(part):
+    return isinstance(part, Path) and part.suffix.lower() not in ('.jsonl', '.csv', '.parquet')
 
 def find_parts(source, folder, new):
     """What the user typed -> paths of texts, or ['hf:...']. What is made or fetched goes through `new`."""
@@ -290,12 +267,15 @@ def find_parts(source, folder, new):
         path.write_bytes(('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n').encode())
         return [path]
     if source in DOWNLOADS or source.startswith(('http://', 'https://')):
-        return [download(source, folder, new / 'text')]
+        return [download(source, folder, new / 'download')]
+    if source == '-':
+        return [Path('/dev/stdin')]
     if os.path.isdir(source):
         return find_texts(Path(source))
-    if os.path.isfile(source):
+    if os.path.exists(source):  # a file, or a pipe
         return [Path(source)]
-    raise ValueError(f'{source} is not a file, folder or URL, nor shakespeare, pydoc or hf:owner/name')
+    raise ValueError(f'{printable(source)} is not a file, folder or URL, nor shakespeare, pydoc, '
+                     'hf:owner/name or - for standard input')
 
 def find_texts(folder):
     """The text files in a folder and below: no hidden ones and, in the current folder, no data/ or out*/."""
@@ -307,9 +287,11 @@ def find_texts(folder):
     texts = []
     for path in files:
         with suppress(ValueError):  # not UTF-8
-            if not any('\0' in text for text in read_text(path)):
+            if is_text(path) and not any('\0' in piece for piece in read_text(path)):
                 texts.append(path)
-    print(f'{folder}: {len(texts):,} text files, {len(files) - len(texts):,} others that are left out')
+    others = len(files) - len(texts)
+    print(f'{printable(folder)}: {len(texts):,} text files, {others:,} others that are left out '
+          '(.jsonl, .csv and .parquet are read if you name the file)')
     return texts
 
 def make_name(source):
@@ -317,38 +299,117 @@ def make_name(source):
     stem = Path(os.path.abspath(source.split('?')[0])).stem
     return regex.sub(r'[^\w-]+', '-', stem).strip('-')[:60] or 'text'
 
-def read_text(path):
-    """The text of a file in pieces, every character as it stands there. They end where a line does, if lines
-    are no longer than a piece: so no word is cut."""
-    with open(path, encoding='utf-8', newline='') as file:
-        try:
-            while text := file.read(PIECE) + file.readline(PIECE):
-                yield text
-        except UnicodeDecodeError:
-            raise ValueError(f'{path} is not UTF-8 text') from None
+@contextmanager
+def open_text(path):
+    """The file, read without a byte order mark and with \\n as the end of every line"""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            yield file
+    except UnicodeDecodeError:
+        raise ValueError(f'{printable(path)} is not UTF-8 text: convert it, as in '
+                         '"iconv -f ENCODING -t UTF-8 OLD > NEW"') from None
 
-def read_rows(spec):
-    """The rows of a Hugging Face data set (train split), streamed, each as a list of one text"""
+def read_text(path):
+    """The text of a file in pieces. They end where a line does, if lines are no longer than a piece: so no
+    word is cut."""
+    with open_text(path) as file:
+        while text := file.read(PIECE) + file.readline(PIECE):
+            yield text
+
+def read_json_lines(path):
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            row = None
+            with suppress(ValueError):
+                row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+            elif line.strip():
+                raise ValueError(f'{printable(path)}: line {number:,} is not a JSON object')
+
+def stream_rows(source, *arguments, **options):
+    """The rows of datasets.load_dataset(*arguments, **options). If the connection fails, it tries again and
+    continues with the next row. ConnectionError if that fails, too."""
     from datasets import load_dataset as load
     logging.disable()  # without a network, screens of retries
-    name, _, column = spec.removeprefix('hf:').partition(':')
-    column = column or 'text'
-    try:
-        for row in load(name, split='train', streaming=True):
-            if not isinstance(row.get(column), str):
-                raise ValueError(f'{spec}: no such text; write hf:{name}:COLUMN with one of {", ".join(row)}')
-            yield [row[column]]
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(f'{spec} cannot be read ({type(error).__name__}): '
-                              'is there a network, and is the name right?') from None
+    done = 0
+    for wait in (*RETRY_WAITS, None):
+        try:
+            for row in itertools.islice(load(*arguments, streaming=True, **options), done, None):
+                done += 1
+                yield row
+            return
+        except (OSError, RuntimeError) as error:
+            if wait is None:
+                raise ConnectionError(f'{source} cannot be read after row {done:,} ({type(error).__name__}): '
+                                      'check network and name, or read less with --max_mb') from None
+            time.sleep(wait)
 
-def stream(parts, separator):
-    """The texts of all parts, files in pieces; the separator stands between documents, files and rows."""
-    documents = ([read_text(part)] if isinstance(part, Path) else read_rows(part) for part in parts)
-    for i, texts in enumerate(itertools.chain.from_iterable(documents)):
-        if i > 0:
-            yield separator
-        yield from texts
+def read_rows(part, column):
+    """The texts in a column of a file with rows or of hf:..., each as a list of pieces"""
+    shown, empty = printable(part), 0
+    if not isinstance(part, Path):
+        form = r'hf:([^/@:]*/?[^/@:]*)/?([^@:]*)@?([^:]*):?(.*)'
+        name, configuration, split, chosen = regex.fullmatch(form, part).groups()
+        column = chosen or column
+        rows = stream_rows(shown, name, configuration or None, split=split or 'train')
+    elif part.suffix.lower() == '.jsonl':
+        rows = read_json_lines(part)
+    else:
+        rows = stream_rows(shown, part.suffix.lower()[1:], data_files=str(part), split='train')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(column, 0), str | None):
+            raise ValueError(f'{shown}: row {number:,} has no text in column {column!r}: choose one of '
+                             f'{printable(", ".join(row))} with --column')
+        text = (row[column] or '').replace('\r\n', '\n').replace('\r', '\n')
+        empty += not text
+        yield [text[at:at + PIECE] for at in range(0, len(text), PIECE)]
+    if empty:
+        print(f'{shown}: {empty:,} rows without text are left out')
+
+def gather(parts, column, max_bytes, path):
+    """Copies the text of all parts, about max_bytes of it (0: all), to path: a line of JSON for
+    each piece, and null after each document. So it can be read again and in any order, also if it came from
+    a pipe or the network. -> where documents that are not empty begin in the file, and their characters"""
+    documents = ([read_text(part)] if is_text(part) else read_rows(part, column) for part in parts)
+    begins, size = array('q'), 0
+    with open(path, 'wb') as file:
+        for pieces in itertools.chain.from_iterable(documents):
+            begin = file.tell()
+            for piece in pieces:
+                line = json.dumps(piece, ensure_ascii=False) + '\n'
+                file.write(line.encode('utf-8', 'replace'))  # a row may hold half of a surrogate pair
+                size += len(piece)
+                if 0 < max_bytes <= file.tell():
+                    break
+            if file.tell() > begin:
+                file.write(b'null\n')
+                begins.append(begin)
+            show_progress(size)
+            if 0 < max_bytes <= file.tell():
+                break
+    return np.array(begins), size
+
+def stream(path, begins, separator):
+    """The pieces that gather() wrote, of the documents that begin there; the separator between documents"""
+    with open(path, 'rb') as file:
+        for i, begin in enumerate(begins):
+            if i > 0:
+                yield separator
+            file.seek(begin)
+            yield from map(json.loads, iter(file.readline, b'null\n'))
+
+def split(pieces, n_train):
+    """Pieces of text, None for a separator -> ('train', piece) for the first n_train characters of the text,
+    ('val', piece) for the rest"""
+    for piece in pieces:
+        size = len(piece or '')
+        if 0 < n_train < size:
+            yield 'train', piece[:n_train]
+            yield 'val', piece[n_train:]
+        else:
+            yield 'train' if n_train > 0 else 'val', piece
+        n_train -= size
 
 def in_order(function, items, workers):
     """map() with threads that run only a little ahead; errors surface here."""
@@ -363,16 +424,22 @@ def in_order(function, items, workers):
 # ----------------------------------------------------------------------------
 # text -> data/NAME/
 
-def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            max_mb=max_mb, overwrite=overwrite):
+def prepare(sources, name=name, column=column, shuffle=shuffle, tokenizer=tokenizer, vocab_size=vocab_size,
+            val_fraction=val_fraction, max_mb=max_mb, overwrite=overwrite):
     """-> the data set's folder. ValueError for what a user can mend, ConnectionError where a download failed.
-    One process at a time prepares a name; one that had to wait takes what is there, if it fits."""
+    One process at a time prepares a name; one that had to wait reuses the result if the settings match."""
     sources = [sources] if isinstance(sources, str) else list(sources)
     name = name or make_name(sources[0])
     if not regex.fullmatch(r'[\w-][\w.-]{0,99}', name):
         raise ValueError(f'{name!a} cannot name a data set: use letters, digits, _ and -')
-    settings = dict(tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction, max_mb=max_mb)
-    folder, new = DATA / name, DATA / f'.{name}.new'
+    settings = dict(column=column, shuffle=shuffle, tokenizer=tokenizer, vocab_size=vocab_size,
+                    val_fraction=val_fraction, max_mb=max_mb)
+    checked('val_fraction', val_fraction, 0.1, (0, 1))
+    checked('max_mb', max_mb, 0)
+    if vocab_size:
+        checked('vocab_size', vocab_size, 0, (257, 2**31))
+    folder = DATA / name
+    new = folder / '.new'  # inside, as the folder may be on another disk than data/
     meta = {'sources': sources, 'settings': settings}
     began = time.time()
     DATA.mkdir(exist_ok=True)
@@ -383,59 +450,87 @@ def prepare(sources, name=name, tokenizer=tokenizer, vocab_size=vocab_size, val_
             there = {}
         if meta.items() <= there.items() and (folder / 'meta.json').stat().st_mtime > began:
             return folder
-        if there.get('sources', sources) != sources and not overwrite:
-            raise ValueError(f'{folder} was made from {" ".join(there["sources"])[:99]}: '
-                             'choose another --name, or replace it with --overwrite')
+        asked = {'sources': sources, **settings}
+        made = {**asked, **there.get('settings', {}), 'sources': there.get('sources', sources)}
+        changes = [f'{key}={printable(made[key])}' for key in asked if made[key] != asked[key]]
+        if changes and not overwrite:
+            raise ValueError(f'{folder} was made with {", ".join(changes)[:200]}: choose another --name, or '
+                             'replace it with --overwrite (a run on it can then no longer be resumed)')
+        folder.resolve().mkdir(exist_ok=True)  # resolved: a link may lead to a folder that is still missing
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
             fill(new, [part for source in sources for part in find_parts(source, folder, new)], meta)
-            folder.mkdir(exist_ok=True)
             (folder / 'meta.json').unlink(missing_ok=True)  # from here on the data set counts as missing
             for file in ('train.bin', 'val.bin', 'meta.json'):
                 os.replace(new / file, folder / file)
         finally:
             shutil.rmtree(new)
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
     print(describe(name))
-    print('to judge a model, look at the bits per byte of its evaluations: lower is better')
-    print(f'next: python train.py --dataset={name} --minutes=5')
     return folder
+
+def fetch(name, offline=''):
+    """-> the data set to train on: name, which is prepared if it is missing and a known one, or offline if it
+    can't be downloaded"""
+    try:
+        if name in KNOWN and name not in data_sets():
+            prepare(name)
+        return name
+    except ConnectionError as error:
+        if not offline:
+            raise ValueError(f'{error}; or train on your own text (python prepare.py my.txt), or on '
+                             '--dataset=pydoc, which needs no network') from None
+        print(f'{name} could not be fetched: {error}')
+        print(f'training on {offline} instead, as offline_dataset says')
+        return fetch(offline)
+
+def show_progress(size):
+    if sys.stdout.isatty():
+        print(f'{size / 1e6:,.0f} MB\r', end='', flush=True)
 
 def fill(new, parts, meta):
     """Text -> train.bin, val.bin and meta.json in the folder `new`; adds what it finds out to meta."""
     settings = meta['settings']
-    meta['tokenizer'] = make_tokenizer(settings['tokenizer'], settings['vocab_size'], parts)
+    rng = np.random.default_rng(0)
+    if settings['shuffle']:
+        rng.shuffle(parts)  # before max_mb leaves out the last ones
+    begins, size = gather(parts, settings['column'], settings['max_mb'] * 10**6, new / 'text')
+    if settings['shuffle']:
+        rng.shuffle(begins)  # rows, too
+    read = functools.partial(stream, new / 'text', begins)
+    meta['tokenizer'] = make_tokenizer(settings['tokenizer'], settings['vocab_size'], read, size)
     coder = Tokenizer(meta['tokenizer'])
-    total, size, sha = 0, 0, hashlib.sha256()
 
-    def encode(text):
-        if text is None:
-            return np.array([coder.end_of_text], coder.dtype), b''
-        return np.array(coder.encode(text), coder.dtype), text.encode()
+    def encode(item):
+        name, text = item
+        if text is None and coder.end_of_text is not None:
+            return name, np.array([coder.end_of_text], coder.dtype), b''
+        text = text or '\n'
+        return name, np.array(coder.encode(text), coder.dtype), text.encode()
 
-    texts = stream(parts, '\n' if coder.end_of_text is None else None)
-    with open(new / 'train.bin', 'wb') as file:
-        for ids, data in in_order(encode, texts, os.cpu_count() or 1):
-            file.write(ids)
+    n_train = max(int(size * (1 - settings['val_fraction'])), size - VAL_MAX)
+    items = split(read(None), n_train)
+    tokens, sizes, sha = Counter(), Counter(), hashlib.sha256()
+    with open(new / 'train.bin', 'wb') as train, open(new / 'val.bin', 'wb') as val:
+        files = {'train': train, 'val': val}
+        for name, ids, data in in_order(encode, items, os.cpu_count() or 1):
+            files[name].write(ids)
+            tokens[name] += len(ids)
+            sizes[name] += len(data)
             sha.update(data)
-            total += len(ids)
-            size += len(data)
-            if sys.stdout.isatty():
-                print(f'{size / 1e6:,.0f} MB\r', end='', flush=True)
-            if 0 < settings['max_mb'] * 1e6 <= size:
-                break
-    n_train = max(int(total * (1 - settings['val_fraction'])), total - VAL_MAX)
-    if min(n_train, total - n_train) < 2:
-        raise ValueError(f'{", ".join(meta["sources"])}: too little text, {n_train:,} tokens for training '
-                         f'and {total - n_train:,} for validation (val_fraction {settings["val_fraction"]})')
-    val = np.fromfile(new / 'train.bin', coder.dtype, offset=n_train * coder.dtype.itemsize)
-    val.tofile(new / 'val.bin')
-    os.truncate(new / 'train.bin', n_train * coder.dtype.itemsize)
-    val_size = len(coder.decode(val[val != coder.end_of_text]).encode())  # what separates is not in the text
-    meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name,
-             'tokens': {'train': n_train, 'val': len(val)},
-             'bytes': {'train': size - val_size, 'val': val_size},
-             'source_sha256': sha.hexdigest()}
+            show_progress(sizes.total())
+    if min(tokens['train'], tokens['val']) < 2:
+        shown = printable(' '.join(meta['sources']))[:99]
+        raise ValueError(f'{shown}: too little text, {tokens["train"]:,} tokens for training and '
+                         f'{tokens["val"]:,} for validation')
+    documents = 'the text'
+    if len(begins) > 1:
+        documents = f'{len(begins):,} documents{", shuffled" if settings["shuffle"] else ""}'
+    validation = f'the last {100 * (1 - n_train / size):.2g}% of {documents}'
+    meta |= {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name, 'tokens': tokens, 'bytes': sizes,
+             'validation': validation, 'source_sha256': sha.hexdigest()}
     (new / 'meta.json').write_text(json.dumps(meta), 'utf-8')
 
 # ----------------------------------------------------------------------------
@@ -457,10 +552,31 @@ def load_dataset(name):
             raise ValueError('cut short')
     except (OSError, KeyError, ValueError):
         there = ', '.join(data_sets()) or 'none'
-        text = folder.name if folder.name in (*DOWNLOADS, 'pydoc') else f'TEXT.txt --name={folder.name}'
-        raise ValueError(f'{folder} is missing or damaged (prepared: {there}): '
-                         f'run "python prepare.py {text}"') from None
+        text = folder.name if folder.name in KNOWN else f'TEXT.txt --name={folder.name}'
+        raise ValueError(f'{printable(folder)} is missing or damaged (prepared: {there}): '
+                         f'run "python prepare.py {printable(text)}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
+
+def known():
+    """Names that train.py's --dataset takes: what is prepared, and what is prepared where it is missing."""
+    return list(dict.fromkeys([*data_sets(), *KNOWN]))
+
+def find(answer):
+    """The name of a data set, prepared if it is missing, or the path of a text -> the name."""
+    return answer if answer in data_sets() else prepare(answer).name
+
+def text_id(data):
+    """What a resumed run must find again: the text, and where validation begins in it."""
+    return f'{data.meta["source_sha256"]} {data.meta["tokens"]["train"]}'
+
+def check_fits(data, config):
+    """ValueError unless the model of config can read the data set."""
+    if config['vocab_size'] < data.meta['vocab_size']:
+        raise ValueError(f'vocab_size is {config["vocab_size"]}, the data set has {data.meta["vocab_size"]} tokens')
+    for split, tokens in (('train', data.train), ('val', data.val)):
+        if len(tokens) <= config['block_size']:
+            raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {config["block_size"]} needs '
+                             f'{config["block_size"] + 1}: lower block_size or give more text')
 
 @functools.lru_cache(maxsize=2)
 def epoch_starts(epoch, n_tokens, block_size, seed):
@@ -512,10 +628,11 @@ def describe(name):
     """Three lines about a data set"""
     meta = json.loads((DATA / name / 'meta.json').read_text('utf-8'))
     train, val, size = meta['tokens']['train'], meta['tokens']['val'], sum(meta['bytes'].values())
-    return (f'{DATA / name}: {size:,} bytes from {" ".join(meta["sources"])[:99]}\n'
+    validation = meta.get('validation', 'the end of the text')
+    return (f'{DATA / name}: {size:,} bytes from {printable(" ".join(meta["sources"])[:99])}\n'
             f'{meta["tokenizer"]["kind"]} tokenizer, vocabulary of {meta["vocab_size"]:,}, '
             f'{size / (train + val):.2f} bytes per token\n'
-            f'{train:,} tokens for training, {val:,} for validation')
+            f'{train:,} tokens for training, {val:,} for validation ({validation})')
 
 def show_info(name):
     """What describe() says, and how both splits begin"""
@@ -527,11 +644,14 @@ def show_info(name):
 
 if __name__ == '__main__':
     set_up_output()
-    globals().update(configure(__file__))
+    settings, _ = configure(__file__)
+    info = settings.pop('info')
     with plain_errors():
         if info:
             show_info(info)
-        elif sources:
-            prepare(sources, name, tokenizer, vocab_size, val_fraction, max_mb, overwrite)
+        elif settings['sources']:
+            folder = prepare(**settings)
+            print('to judge a model, look at the bits per byte of its evaluations: lower is better')
+            print(f'next: python train.py --dataset={folder.name} --minutes=5')
         else:
             print(*map(describe, data_sets()), __doc__.rstrip(), sep='\n')

@@ -1,34 +1,37 @@
-"""What a trained model is used for: text from it, and the model itself for other programs.
+"""Generate text from a trained model, export it, or convert a downloaded one.
 
     python sample.py --start="ROMEO:"
     python sample.py --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
-    python sample.py --interactive              # type, read, continue
-    python sample.py --export=my-gpt            # a Hugging Face folder, and in it model.gguf for llama.cpp
+    python sample.py --interactive           # type, read, continue
+    python sample.py --to_hf=my-gpt          # write a Hugging Face folder, and in it model.gguf for llama.cpp
+    python sample.py --from_hf=SmolLM2-135M  # convert a downloaded folder to the run folder out-SmolLM2-135M
 """
-
 import os
 import signal
 
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C at any moment, also while torch is imported
+if __name__ == '__main__':  # Ctrl-C at any moment, also while torch is imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 
 import hardware
-from configurator import check, checked, choose, configure, parse, plain_errors, set_up_output
-from model import load_checkpoint, load_model, to_hf, to_hf_config
-from prepare import END_OF_TEXT, PATTERN, Tokenizer, export_tokenizer, printable, read_text
+from configurator import checked, configure, parse, plain_errors, set_up_output
+from model import FIELDS, GPT, GPTConfig, checkpoint_path, load_checkpoint, load_model, save_checkpoint
+from prepare import END_OF_TEXT, PATTERN, Tokenizer, printable, read_text
 
 # ----------------------------------------------------------------------------
 # settings
-out_dir = 'out'  # folder of a run (its best.pt, or else ckpt.pt), a checkpoint, or a Hugging Face folder
+out_dir = 'out'  # folder of a run (its best.pt, or else ckpt.pt), or a checkpoint
 start = ''  # text to continue, or FILE:path; empty: the beginning of a document
 num_samples = 1  # texts, drawn in one batch
 max_new_tokens = 500  # tokens in each text
@@ -38,68 +41,51 @@ top_p = 1.0  # draw from the fewest tokens that have this probability together; 
 stop = ''  # end a text where this stands in it
 seed = 0  # of the draws; 0: other text each time
 interactive = False  # type, read, continue; the model is loaded once
-export = ''  # write the model to this new folder, for other programs
+to_hf = ''  # export the model to this new folder, for other programs
+from_hf = ''  # convert this Hugging Face folder to the run folder out-NAME
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # of weights and arithmetic: auto, float32, bfloat16, float16; auto exports float32
 threads = 0  # CPU threads; 0: as many as are fastest now
 # ----------------------------------------------------------------------------
-RANGES = dict(num_samples=(1, 2**16), max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40),
-              top_p=(1e-9, 1), seed=(0, 2**62), threads=(0, 1024))
-
-set_up_output()
-if hasattr(signal, 'SIGPIPE'):  # Windows has none
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-config = configure(__file__)
-globals().update(config)
-with plain_errors():
-    for name, (low, high) in RANGES.items():
-        check(config, name, low, high)
-    choose(config, 'dtype', ('auto', 'float32', 'bfloat16', 'float16'))
-    if export:
-        device, dtype = 'cpu', 'float32' if dtype == 'auto' else dtype
-    else:
-        device = hardware.pick_device(device)
-        dtype = hardware.pick_dtype(device, dtype)
-    if ':' in device:  # CUDA graphs are captured on the current device
-        torch.get_device_module(device).set_device(device)
-    runs = [os.path.join(out_dir, name) for name in ('best.pt', 'ckpt.pt')]
-    path = next(filter(os.path.exists, runs), out_dir)
-    checkpoint = load_checkpoint(path)
-    model = load_model(checkpoint).to(device, getattr(torch, dtype)).eval()
-    coder = Tokenizer(checkpoint['tokenizer'])
-    # what stands before a document: the end of another one, or else a line break, or else any token
-    beginning = [0]
-    with suppress(ValueError):
-        beginning = coder.encode('\n')
-    if coder.end_of_text is not None:
-        beginning = [coder.end_of_text]
-    shown = text = start
-    if start.startswith('FILE:'):
-        shown, text = '', ''.join(read_text(start[5:]))
-    prompt = coder.encode(text) or beginning
-hardware.set_up(device, threads)
-block_size = model.config.block_size
-drawing = {name: config[name] for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
-generator = torch.Generator(device).manual_seed(seed or time.time_ns())
-
-def note(text):
-    print(text, file=sys.stderr, flush=True)  # stdout is the text alone
+DRAWING = dict(max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1))
+ALLOWED = dict(DRAWING, num_samples=(1, 2**16), threads=(0, 1024), dtype=('auto', 'float32', 'bfloat16', 'float16'))
 
 # ----------------------------------------------------------------------------
 # text
 
-def draw(ids, drawn, num_samples=1):
-    """New tokens after the last block_size ids, for all texts at a time; they are also appended to drawn."""
-    options = dict(drawing, num_samples=num_samples, generator=generator, stop_token=coder.end_of_text)
-    for new in model.stream(torch.tensor([ids[-block_size:]]), **options):
+def note(text):
+    print(text, file=sys.stderr, flush=True)  # stdout is the text alone
+
+def read_start(coder):
+    """The part of `start` to print, and its ids. An empty one becomes the token before a document: the end of
+    another document, or else a line break, or else any token."""
+    shown = text = start
+    if start.startswith('FILE:'):
+        shown, text = '', ''.join(read_text(start.removeprefix('FILE:')))
+    ids = coder.encode(text)
+    if not ids and coder.end_of_text is not None:
+        ids = [coder.end_of_text]
+    if not ids:
+        with suppress(ValueError):  # the tokenizer may not know a line break
+            ids = coder.encode('\n')
+    return shown, ids or [0]
+
+def draw(model, coder, ids, drawn, **options):
+    """Yield the next ids, one for each text, until every text has ended; append them to drawn, too."""
+    ended = set()
+    for new in model.stream(torch.tensor([ids[-model.config.block_size:]]), **options):
         drawn.append(new.tolist())
         yield drawn[-1]
+        ended.update(i for i, id in enumerate(drawn[-1]) if id in coder.ends)
+        if len(ended) == len(drawn[-1]):
+            break
 
-def write(tokens):
-    """Print ids as they come: whole characters, nothing that a terminal would obey, up to the stop string."""
+def write(coder, ids):
+    """Print ids as they come: whole characters, control characters as escapes, up to an end or the stop
+    string."""
     piece, held = coder.decoder(), ''
-    for id in tokens:
-        if id == coder.end_of_text:
+    for id in ids:
+        if id in coder.ends:
             break
         held += piece(id)
         if stop and stop in held:
@@ -112,8 +98,20 @@ def write(tokens):
         held = held.partition(stop)[0]
     print(printable(held), flush=True)
 
-def talk():
-    """A prompt, the text that follows, and again, all one text; /NAME NUMBER changes a setting of drawing."""
+def write_texts(model, coder, prompt, shown, options):
+    """Print num_samples continuations of the prompt, each behind the text that is shown of it."""
+    began, drawn = time.perf_counter(), []
+    rows = draw(model, coder, prompt, drawn, num_samples=num_samples, **options)
+    texts = zip(*rows) if num_samples > 1 else [(row[0] for row in rows)]
+    for ids in texts:
+        print(printable(shown), end='', flush=True)
+        write(coder, ids)
+        if num_samples > 1:
+            print('-' * 40)
+    note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')
+
+def talk(model, coder, prompt, options):
+    """A prompt, the text that follows, and again, all one text; /NAME NUMBER changes an option."""
     with suppress(ImportError):
         import readline  # history and editing in input(), where there is one
     note('It completes documents, it is not an assistant: type how one begins. Empty: go on; /help')
@@ -126,25 +124,310 @@ def talk():
                 context += coder.encode(typed.replace('\\n', '\n'))
                 drawn = []
                 with suppress(KeyboardInterrupt):
-                    write(row[0] for row in draw(context, drawn))
+                    write(coder, (row[0] for row in draw(model, coder, context, drawn, **options)))
                 context += [row[0] for row in drawn]
             elif command == 'quit':
                 return
             elif command == 'reset':
                 context = list(prompt)
-            elif command in drawing:
-                chosen = {command: checked(command, parse(value, drawing[command]), drawing[command])}
-                check(chosen, command, *RANGES[command])
-                drawing.update(chosen)
+            elif command in DRAWING:
+                default = options[command]
+                options[command] = checked(command, parse(value, default), default, DRAWING[command])
             else:
-                print(*[f'/{name} {value}' for name, value in drawing.items()], sep='\n')
+                print(*[f'/{name} {options[name]}' for name in DRAWING], sep='\n')
                 print('/reset forgets the text so far; /quit or Ctrl-D ends; Ctrl-C stops a text\n'
                       'anything else is continued: \\n is a line break, an empty line goes on')
         except ValueError as error:
             print(error)
 
+def generate():
+    """Load the model, then write texts or talk."""
+    with plain_errors():
+        place = hardware.pick_device(device)
+        precision = hardware.pick_dtype(place, dtype)
+        path = checkpoint_path(out_dir)
+        checkpoint = load_checkpoint(path)
+        model = load_model(checkpoint).to(place, getattr(torch, precision)).eval()
+        coder = Tokenizer(checkpoint['tokenizer'])
+        shown, prompt = read_start(coder)
+    hardware.set_up(place, threads)
+    trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
+    if math.isnan(checkpoint['val_loss']):
+        trained = 'not evaluated yet'
+    size = f'{model.n_params() / 1e6:.2f}M parameters'
+    note(f'{path}: {trained}; {size}; {precision} on {hardware.device_name(place)}')
+    generator = torch.Generator(place).manual_seed(seed or time.time_ns())
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                   generator=generator)
+    if interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(EOFError, KeyboardInterrupt):
+            talk(model, coder, prompt, options)
+        print()
+        return
+    block_size = model.config.block_size
+    if len(prompt) > block_size:
+        note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
+    write_texts(model, coder, prompt, shown, options)
+
 # ----------------------------------------------------------------------------
-# export
+# exchange with Hugging Face, as a Llama or a Qwen3, and llama.cpp; sampling does not use this section
+
+# our modules and theirs; one matrix of ours may hold several of theirs, one below the other
+MODULES = {
+    'embedding': ['embed_tokens'],
+    'attention_norm': ['input_layernorm'],
+    'attention.qkv': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    'attention.q_norm': ['self_attn.q_norm'],
+    'attention.k_norm': ['self_attn.k_norm'],
+    'attention.proj': ['self_attn.o_proj'],
+    'mlp_norm': ['post_attention_layernorm'],
+    'mlp.up': ['mlp.gate_proj', 'mlp.up_proj'],
+    'mlp.down': ['mlp.down_proj'],
+    'norm': ['norm'],
+}
+# fields of GPTConfig and of config.json, and what config.json always says
+SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_layer='num_hidden_layers',
+             n_head='num_attention_heads', n_kv_head='num_key_value_heads', n_embd='hidden_size',
+             head_dim='head_dim', rope_theta='rope_theta', norm_eps='rms_norm_eps', bias='attention_bias')
+FIXED = dict(hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False)
+# fields of GPTConfig that export_config handles by hand, or that only training uses
+OTHERS = {'mlp_ratio', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'dropout', 'gradient_checkpointing'}
+
+def split_weights(config, weights):
+    """A GPT's weights -> {our name: {their name: tensor}}, without the head, which is the embedding again."""
+    heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+    rows = {'attention.qkv': [n * config.head_dim for n in heads], 'mlp.up': [config.hidden_dim] * 2}
+    result = {}
+    for name, tensor in weights.items():
+        module, kind = name.rsplit('.', 1)
+        prefix = 'model'
+        if module.startswith('blocks.'):
+            _, layer, module = module.split('.', 2)
+            prefix = f'model.layers.{layer}'
+        if module == 'head':
+            if tensor.data_ptr() != weights['embedding.weight'].data_ptr():
+                raise ValueError('the head is not the embedding: only tied embeddings can be exported')
+            continue
+        if module not in MODULES:
+            raise ValueError(f'neither Llama nor Qwen3 has a place for {name}')
+        if sum(rows.get(module, [])) not in (0, len(tensor)):
+            raise ValueError(f'{name} has {len(tensor)} rows, not {sum(rows[module])}')
+        parts = tensor.split(rows.get(module, len(tensor)))
+        result[name] = {f'{prefix}.{theirs}.{kind}': part for theirs, part in zip(MODULES[module], parts)}
+    return result
+
+def join_weights(config, theirs):
+    """{their name: tensor} -> a GPT's weights in float32. ValueError names a tensor that is missing, has
+    another shape, or has no place here."""
+    with torch.device('meta'):
+        groups = split_weights(config, GPT(config).state_dict())
+    expected = {name: part.shape for group in groups.values() for name, part in group.items()}
+    for name, shape in expected.items():
+        if name not in theirs:
+            raise ValueError(f'{name} is missing')
+        if theirs[name].shape != shape or not theirs[name].is_floating_point():
+            raise ValueError(f'{name} is {theirs[name].dtype} {tuple(theirs[name].shape)}, '
+                             f'not floating-point {tuple(shape)}')
+    for name in sorted(theirs.keys() - expected.keys()):
+        if name == 'lm_head.weight':
+            if not torch.equal(theirs[name].float(), theirs['model.embed_tokens.weight'].float()):
+                raise ValueError(f'{name} is not the embedding, although tie_word_embeddings is true')
+        elif not name.endswith('.inv_freq'):  # RoPE's frequencies, which old folders hold
+            raise ValueError(f'this model has no place for {name}')
+    weights = {}
+    for name, group in groups.items():
+        weights[name] = torch.cat([theirs[part].float() for part in group])
+    weights['head.weight'] = weights['embedding.weight']
+    return weights
+
+def export_config(c):
+    """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can
+    be."""
+    if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
+        raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm '
+                         f'{c.qk_norm}: Llama and Qwen3 have RMSNorm, SwiGLU, and not both bias and qk_norm')
+    if not c.qk_norm and c.n_embd % c.n_head:
+        raise ValueError(f'n_embd {c.n_embd} does not divide into n_head {c.n_head}, as a Llama has it')
+    for field in fields(c):
+        value = getattr(c, field.name)
+        if field.name not in SIZES and field.name not in OTHERS and value != field.default:
+            raise ValueError(f'{field.name} is {value}: neither Llama nor Qwen3 has it')
+    sizes = {theirs: getattr(c, ours) for ours, theirs in SIZES.items()}
+    family = dict(model_type='llama', architectures=['LlamaForCausalLM'], mlp_bias=c.bias)
+    if c.qk_norm:
+        family = dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'])
+    rope = {'rope_type': 'default', 'rope_theta': c.rope_theta}
+    return {**family, **sizes, **FIXED, 'intermediate_size': c.hidden_dim, 'rope_parameters': rope}
+
+def convert_config(theirs):
+    """What config.json says -> GPTConfig; ValueError names what a GPT of this program cannot be."""
+    qwen3 = theirs.get('model_type') == 'qwen3'
+    rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
+    rope.setdefault('rope_type', rope.get('type'))
+    defaults = dict(
+        model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False,
+        layer_types=[], num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0,
+        rms_norm_eps=1e-6, rope_theta=10000.0, rope_type='default', partial_rotary_factor=1.0,
+        attention_bias=False, mlp_bias=False, quantization_config=None)
+    c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
+    right = FIXED | dict(
+        model_type='qwen3' if qwen3 else 'llama', layer_types=['full_attention'] * len(c['layer_types']),
+        rope_type='default', partial_rotary_factor=1.0, attention_bias=not qwen3 and c['mlp_bias'],
+        quantization_config=None)
+    for name, value in right.items():
+        if c[name] != value:
+            raise ValueError(f'{name} is {c[name]!r:.60}, which a GPT of this program cannot have')
+    for name in (*SIZES.values(), 'intermediate_size'):
+        if name not in c:
+            raise ValueError(f'config.json has no {name}')
+    config = GPTConfig(**{ours: c[name] for ours, name in SIZES.items()}, qk_norm=qwen3)
+    hidden = c['intermediate_size']
+    if type(hidden) is not int or hidden % 64 or not 0 < hidden < 2**24:
+        raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
+    return replace(config, mlp_ratio=hidden / config.n_embd)
+
+def read_json(path):
+    """The dict in a JSON file, empty where there is no file; ValueError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text('utf-8')))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'{path.name} is damaged ({type(error).__name__})') from None
+
+def steps(part):
+    """A normalizer, pre_tokenizer or decoder in a tokenizer.json -> the list of its steps"""
+    if part is None:
+        return []
+    for name in ('normalizers', 'pretokenizers', 'decoders'):
+        if name in part:
+            return part[name]
+    return [part]
+
+def plain_tokenizer(contents):
+    """Reduce a tokenizer.json to what determines its ids, so that files saved by different versions are equal.
+    ValueError names a part that is not supported: ids must decode to the exact text, piece by piece."""
+    from tokenizers import Tokenizer as HF
+    hf = HF.from_str(json.dumps(contents))
+    hf.no_padding()
+    hf.no_truncation()
+    if hf.encode('').ids:
+        raise ValueError('tokenizer.json adds tokens to every text (BOS?), which is not supported')
+    contents = json.loads(hf.to_str())  # with the fields that older files leave out
+    model = contents['model']
+    options = ('byte_fallback', 'continuing_subword_prefix', 'end_of_word_suffix', 'dropout')
+    used = {model['type'], *(name for name in options if model.get(name))}
+    for step in steps(contents['normalizer']):
+        used.add(step['type'])
+    for step in steps(contents['pre_tokenizer']):
+        used.add('add_prefix_space' if step.get('add_prefix_space') else step['type'])
+        if step['type'] == 'ByteLevel':
+            step['trim_offsets'] = True  # changes offsets, not ids
+    for step in steps(contents['decoder']):
+        used.add(step['type'])
+        if step['type'] == 'ByteLevel':
+            step.update(add_prefix_space=True, trim_offsets=True, use_regex=True)  # decoding ignores them
+    strange = used - {'BPE', 'NFC', 'Split', 'Digits', 'ByteLevel', 'Fuse'}
+    if strange or not contents['decoder']:
+        what = ', '.join(sorted(strange)) or 'no decoder'
+        raise ValueError(f'tokenizer.json has {what}: only byte-level BPE is supported, as of GPT-2, SmolLM2 '
+                         'and Qwen3; SentencePiece is not')
+    kept = {name: model[name] for name in ('type', 'vocab', 'unk_token', 'fuse_unk', 'ignore_merges')}
+    kept['merges'] = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    return contents | {'model': kept, 'post_processor': None}
+
+def convert_tokenizer(folder):
+    """A Hugging Face folder's tokenizer, as meta.json and checkpoints hold it. It includes the ids that end a
+    text, the id that begins one, and the chat template."""
+    contents = plain_tokenizer(read_json(folder / 'tokenizer.json'))
+    ids = [*contents['model']['vocab'].values(), *(token['id'] for token in contents['added_tokens'])]
+    size = max(ids) + 1
+    config = read_json(folder / 'config.json')
+    begin, ends = config.get('bos_token_id'), []
+    for facts in (config, read_json(folder / 'generation_config.json')):
+        end = facts.get('eos_token_id')
+        ends += end if isinstance(end, list) else [end]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    for id in (begin, *ends):
+        if id is not None and (type(id) is not int or not 0 <= id < size):
+            raise ValueError(f'config.json: a text begins or ends with {id!r:.60}, which is no token')
+    template = read_json(folder / 'tokenizer_config.json').get('chat_template')
+    if (folder / 'chat_template.jinja').exists():
+        template = (folder / 'chat_template.jinja').read_text('utf-8')
+    return {'kind': 'hf', 'json': json.dumps(contents, sort_keys=True), 'vocab_size': size,
+            'end_of_text': ends[0] if ends else None, 'ends': ends, 'begin': begin, 'chat_template': template}
+
+def read_weights(folder):
+    """{name: tensor} of all the safetensors files of a Hugging Face folder"""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    index = read_json(folder / 'model.safetensors.index.json')
+    files = sorted(set(index.get('weight_map', {}).values())) or ['model.safetensors']
+    weights = {}
+    for file in files:
+        path = folder / Path(file).name
+        try:
+            weights.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f'{path.name} is damaged ({error})') from None
+    return weights
+
+def convert(folder):
+    """Write the Llama or Qwen3 in a Hugging Face folder as out-NAME/best.pt, and print the next commands."""
+    name = folder.resolve().name
+    for path in (folder / 'config.json', folder / 'tokenizer.json'):
+        if not path.exists():
+            raise ValueError(f'there is no {path}: run "hf download OWNER/{name} --local-dir {folder}" first')
+    out = Path(f'out-{name}')
+    for path in (out / 'best.pt', out / 'ckpt.pt'):
+        if path.exists():
+            raise ValueError(f'{path} exists: rename or delete {out} to convert {folder} again')
+    try:
+        config = convert_config(read_json(folder / 'config.json'))
+        tokenizer = convert_tokenizer(folder)
+        if tokenizer['vocab_size'] > config.vocab_size:
+            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, not {config.vocab_size}')
+        weights = join_weights(config, read_weights(folder))
+    except ValueError as error:
+        raise ValueError(f'{folder}: {error}') from None
+    state = {name: kind() for name, kind in FIELDS.items()}
+    state |= dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan,
+                  best_val_loss=math.inf)
+    out.mkdir(exist_ok=True)
+    save_checkpoint(out / 'best.pt', state)
+    run = shlex.quote(str(out))
+    print(f'{out / "best.pt"} is written. Next, sample from it, or finetune it on your own text:\n'
+          f'    python sample.py --out_dir={run}\n'
+          f'    python prepare.py my.txt --name=mine --tokenizer={run}/best.pt\n'
+          f'    python train.py config/finetune.py --init_from={run}/best.pt --dataset=mine')
+
+def export_tokenizer(meta):
+    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in
+    a text is the special token, and characters that a char tokenizer does not know are left out."""
+    from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
+    coder = Tokenizer(meta)
+    if coder.kind == 'hf':
+        return coder.hf
+    if coder.kind == 'char':
+        exported = HF(models.BPE(coder.ids, []))
+        exported.decoder = decoders.Fuse()
+        return exported
+    # GPT-2 writes bytes that are printable in Latin-1 as these characters, others as those from 256 on
+    letters = {b: chr(b) for b in range(33, 256) if chr(b).isprintable()}
+    others = [b for b in range(256) if b not in letters]
+    letters |= {b: chr(256 + i) for i, b in enumerate(others)}
+    tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
+    ids = {token: i for i, token in enumerate(tokens)}
+    splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
+    merges = [(a, b) for a, b in splits if a in ids and b in ids]  # any two tokens that make up a third merge
+    exported = HF(models.BPE(ids, merges, ignore_merges=True))  # a word that is a token is one
+    words = pre_tokenizers.Split(Regex(meta['pattern']), 'isolated')
+    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    exported.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
+    exported.decoder = decoders.ByteLevel()
+    exported.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return exported
 
 # llama.cpp's names for how a tokenizer.json splits a text into words
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -152,35 +435,37 @@ QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
 SPLITTERS = {('ByteLevel',): 'gpt-2', (PATTERN, 'ByteLevel'): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm',
              (QWEN, 'ByteLevel'): 'qwen2'}
 
-def spell(contents):
+def spell(contents, characters):
     """Turn a char tokenizer.json's contents into what llama.cpp knows: each character is made, by merges, of
     GPT-2's letters for its bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
     letters = ByteLevel(add_prefix_space=False, use_regex=False)
-    ids = {letters.pre_tokenize_str(character)[0][0]: id for character, id in coder.ids.items()}
+    ids = {letters.pre_tokenize_str(character)[0][0]: id for character, id in characters.items()}
     merges = {f'{token[:i]} {token[i]}': None for token in ids for i in range(1, len(token))}
     # llama.cpp wants an end, or it would be token 11, and a merge: no word has both a and 0
     contents['model'].update(vocab=ids, merges=[*merges] or ['a 0'])
     contents['added_tokens'] = [{'content': END_OF_TEXT, 'id': len(ids), 'special': True}]
     contents['pre_tokenizer'] = {'type': 'ByteLevel'}
 
-def write_gguf(path, weights, tokenizer):
-    """The file that llama.cpp reads; none where it cannot have the tokenizer."""
+def write_gguf(path, model, weights, meta):
+    """Write the file that llama.cpp reads; without one where it does not know the tokenizer."""
     import gguf
-    c, end, contents = model.config, coder.end_of_text, json.loads(tokenizer.to_str())
+    c, coder = model.config, Tokenizer(meta)
+    contents = json.loads(export_tokenizer(meta).to_str())
+    end = coder.end_of_text
+    begin = meta.get('begin', end)
     family = 'qwen3' if c.qk_norm else 'llama'
     if coder.kind == 'char':
-        spell(contents)
-        end = contents['added_tokens'][0]['id']
-    splitter = contents['pre_tokenizer'] or {}
-    steps = splitter.get('pretokenizers', [splitter])
-    split_by = SPLITTERS.get(tuple(step.get('pattern', {}).get('Regex', step.get('type')) for step in steps))
+        spell(contents, coder.ids)
+        begin = end = contents['added_tokens'][0]['id']
+    words = [step.get('pattern', {}).get('Regex', step['type']) for step in steps(contents['pre_tokenizer'])]
+    split_by = SPLITTERS.get(tuple(words))
     if split_by is None:
         note("without model.gguf: llama.cpp's name for this kind of tokenizer is not known here")
         return
     table = weights['model.embed_tokens.weight']
     if end == len(table):  # a new token: as rare as the rarest
-        every = torch.arange(end)[None, :block_size]
+        every = torch.arange(end)[None, :c.block_size]
         rarest = model(every, every)[0].mean((0, 1)).argmin()
         table = torch.cat((table, table[rarest][None]))
     tokens = [f'[PAD{i}]' for i in range(len(table))]
@@ -197,14 +482,14 @@ def write_gguf(path, weights, tokenizer):
         rope_dimension_count=c.head_dim, rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps,
         feed_forward_length=c.hidden_dim,
         tokenizer_model='gpt2', tokenizer_pre=split_by, token_list=tokens, token_types=types,
-        token_merges=merges, add_bos_token=False)
-    if end is not None:
-        facts.update(bos_token_id=end, eos_token_id=end)
+        token_merges=merges, add_bos_token=False,
+        bos_token_id=begin, eos_token_id=end, chat_template=meta.get('chat_template'))
     writer = gguf.GGUFWriter(path, family)
     for name, value in facts.items():
-        getattr(writer, f'add_{name}')(value)
+        if value is not None:
+            getattr(writer, f'add_{name}')(value)
     kinds = gguf.GGMLQuantizationType
-    stored_as = kinds[dtype.upper().replace('FLOAT', 'F')]  # F32, BF16 or F16
+    stored_as = {torch.float32: kinds.F32, torch.bfloat16: kinds.BF16, torch.float16: kinds.F16}[table.dtype]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
     for name, weight in {**weights, 'model.embed_tokens.weight': table}.items():
         heads = {'q_proj': c.n_head, 'k_proj': c.n_kv_head}.get(name.split('.')[-2])
@@ -220,23 +505,30 @@ def write_gguf(path, weights, tokenizer):
     note('in it model.gguf, the same for llama.cpp, ollama, LM Studio')
 
 @torch.no_grad()
-def write_folder(folder):
-    """The model and its tokenizer in the files of Hugging Face and of llama.cpp: made aside, then renamed."""
+def export(folder):
+    """Write the model of out_dir and its tokenizer to a new folder, for Hugging Face and llama.cpp. The files
+    are made in a temporary folder, which is renamed at the end."""
     from safetensors.torch import save_file
     import gguf  # here, so that what is missing is missed before anything is written
-    tokenizer = export_tokenizer(checkpoint['tokenizer'])
     if folder.exists():
-        raise ValueError(f'{folder} exists: choose a new folder for --export')
-    shape, weights = to_hf_config(model.config), {}
-    for group in to_hf(model.config, model.state_dict()).values():
+        raise ValueError(f'{folder} exists: choose a new folder for --to_hf')
+    checkpoint = load_checkpoint(out_dir)
+    meta, stored = checkpoint['tokenizer'], 'float32' if dtype == 'auto' else dtype
+    model = load_model(checkpoint).to(getattr(torch, stored)).eval()
+    coder, tokenizer = Tokenizer(meta), export_tokenizer(meta)
+    shape, weights = export_config(model.config), {}
+    for group in split_weights(model.config, model.state_dict()).values():
         weights.update(group)
     end = coder.end_of_text
-    name_of_end = None if end is None else tokenizer.id_to_token(end)
-    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
+    begin = meta.get('begin', end)
+    ends = coder.ends if len(coder.ends) > 1 else end
+    special = dict(bos_token_id=begin, eos_token_id=ends, pad_token_id=None)
     tokenizer_config = dict(
         tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-        model_max_length=block_size, bos_token=name_of_end, eos_token=name_of_end)
-    files = {'config.json': {**shape, **special, 'dtype': dtype}, 'generation_config.json': special,
+        model_max_length=model.config.block_size, chat_template=meta.get('chat_template'),
+        bos_token=None if begin is None else tokenizer.id_to_token(begin),
+        eos_token=None if end is None else tokenizer.id_to_token(end))
+    files = {'config.json': {**shape, **special, 'dtype': stored}, 'generation_config.json': special,
              'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
     with tempfile.TemporaryDirectory(prefix='.export-', dir=folder.parent) as aside:
         new = Path(aside) / 'new'
@@ -244,39 +536,24 @@ def write_folder(folder):
         for name, facts in files.items():
             (new / name).write_text(json.dumps(facts, indent=2), encoding='utf-8')
         save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
-        note(f'{folder}: a Hugging Face folder, the weights in {dtype}')
-        write_gguf(new / 'model.gguf', weights, tokenizer)
+        (new / 'model.safetensors').chmod((new / 'config.json').stat().st_mode)  # it was for the owner alone
+        note(f'{folder}: a Hugging Face folder, the weights in {stored}')
+        write_gguf(new / 'model.gguf', model, weights, meta)
         new.rename(folder)
 
 # ----------------------------------------------------------------------------
 # what was asked for
 
-if export:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # which removes what was made aside
+if __name__ == '__main__':
+    set_up_output()
+    if hasattr(signal, 'SIGPIPE'):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    globals().update(configure(__file__, allowed=ALLOWED)[0])
     with plain_errors():
-        write_folder(Path(export))
-    sys.exit()
-if device == 'cpu' and not threads:
-    hardware.pick_threads()
-trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
-if math.isnan(checkpoint['val_loss']):
-    trained = 'not evaluated yet'
-size = f'{model.n_params() / 1e6:.2f}M parameters'
-note(f'{path}: {trained}; {size}; {dtype} on {hardware.device_name(device)}')
-if interactive:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with suppress(EOFError, KeyboardInterrupt):
-        talk()
-    print()
-    sys.exit()
-if len(prompt) > block_size:
-    note(f'the prompt has {len(prompt):,} tokens: the model sees the last {block_size} at a time')
-began, drawn = time.perf_counter(), []
-rows = draw(prompt, drawn, num_samples)
-texts = zip(*rows) if num_samples > 1 else [(row[0] for row in rows)]
-for tokens in texts:
-    print(printable(shown), end='', flush=True)
-    write(tokens)
-    if num_samples > 1:
-        print('-' * 40)
-note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')
+        if from_hf:
+            convert(Path(from_hf))
+        elif to_hf:
+            signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # which removes what was made aside
+            export(Path(to_hf))
+    if not (from_hf or to_hf):
+        generate()

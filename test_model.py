@@ -4,6 +4,7 @@
     KILLS=200 python -m pytest -m long -s    # kills a run at 200 random moments
 """
 import csv
+import dataclasses
 import gc
 import io
 import itertools
@@ -83,7 +84,7 @@ later = 1'''
 def settings(empty):
     """settings(*arguments) -> what configure makes of them and the block above."""
     Path('script.py').write_text(SETTINGS_BLOCK)
-    return lambda *arguments: configurator.configure('script.py', argv=list(arguments))
+    return lambda *arguments: configurator.configure('script.py', argv=list(arguments))[0]
 
 def test_only_lower_case_literals_before_configure_are_settings(settings):
     assert settings() == {'out_dir': 'out', 'batch_size': 12, 'learning_rate': 1e-3, 'compile': False}
@@ -120,13 +121,37 @@ def test_a_mistake_in_a_flag_or_a_config_file_is_one_line(settings, capsys, mist
     out, err = capsys.readouterr()
     assert error.value.code == 2 and out == '' and says in err and err.count('\n') == 1
 
+def test_a_config_file_runs_once_and_what_it_assigns_is_given_even_if_it_equals_the_default(settings, capsys):
+    Path('c.py').write_text('print("runs")\nbatch_size = 12\n_half = learning_rate / 2\nif False:\n    out_dir = "no"')
+    _, given = configurator.configure('script.py', argv=['c.py', '--compile=false'])
+    assert given == {'batch_size': 12, 'compile': False} and capsys.readouterr().out == 'runs\n'
+
+def test_a_field_that_may_be_none_works_but_is_refused_as_a_setting(empty, capsys):
+    @dataclasses.dataclass
+    class Windowed(GPTConfig):
+        window: 'int | None' = None
+
+    assert Windowed(window=3).window == 3 and Windowed().window is None
+    assert 'window is 2.5' in refusal(Windowed, window=2.5)
+    with pytest.raises(SystemExit):
+        configurator.configure(Windowed, argv=[])
+    assert 'Windowed.window = None cannot be a setting' in capsys.readouterr().err
+
+def test_a_log_whose_columns_change_keeps_its_rows(empty):
+    run = configurator.RunFolder('out', resume=False, bytes_needed=0)
+    run.log({'iter': 1, 'loss': 2.5})
+    run.log({'iter': 2, 'norm': 0.5, 'loss': 2.0})
+    run.keep_rows(lambda at, row: at < 3)
+    rows = [{'iter': '1', 'loss': '2.5', 'norm': ''}, {'iter': '2', 'loss': '2.0', 'norm': '0.5'}]
+    assert run.rows() == (['iter', 'loss', 'norm'], rows)
+
 # ----------------------------------------------------------------------------
 # hardware
 
 @pytest.fixture
 def machine(monkeypatch):
     """machine('cuda', capability=(9, 0), ...): torch finds this GPU, whatever is here."""
-    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=('sm_50',), flags='', version='2.13.0', works=True):
+    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=('compute_50',), flags='', version='2.13.0', works=True):
         facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True)
         card = dict(get_device_properties=facts, get_device_capability=capability, get_arch_list=archs)
         accelerator = dict(current_accelerator=gpu and torch.device(gpu) or None, is_available=works, device_count=1)
@@ -260,25 +285,29 @@ def test_validation_predicts_every_token_after_the_first_once(n):
 # model
 
 TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-RATES = (1e-2, (0.9, 0.95), 0.02, 0.95, 0.1)  # learning rate, betas, Muon's rate and momentum, weight decay
+RATES = dict(learning_rate=1e-2, beta1=0.9, beta2=0.95, muon_learning_rate=0.02, muon_momentum=0.95, weight_decay=0.1)
 DEVICES = ['cpu']
 if torch.accelerator.is_available():
     DEVICES.append(torch.accelerator.current_accelerator().type)
 
 def tiny(device='cpu', **changes):
-    """A small model whose every weight matters."""
+    """A small model whose every weight matters: noise on each module's own start."""
     torch.manual_seed(0)
     model = gpt.GPT(GPTConfig(**{**TINY, **changes}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=0.0 if p.dim() > 1 else 1.0, std=0.15)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
     return model.eval().to(device)
+
+def make_optimizer(model, kind, **changes):
+    return gpt.make_optimizer(model, RATES | dict(optimizer=kind) | changes)
 
 def ids(*shape, seed=1):
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
 
 def cached(model, x, chunks):
     """The last logits after each chunk of x (B, T), read with one cache -> (B, len(chunks), vocab_size)"""
-    cache = KVCache(model.config, len(x), x.device, model.embedding.weight.dtype)
+    cache = KVCache(model.config.block_size, x.device)
     return torch.cat([model(part, cache=cache)[0] for part in x.split(chunks, dim=1)], dim=1)
 
 def update(model, optimizer):
@@ -327,7 +356,7 @@ def test_scores_depend_on_distance_alone_however_far_the_text_has_come():
     config, q, k = GPTConfig(**TINY), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     scores = []
     for start in (1, 100, 10_000_000):
-        cos, sin = gpt.rope(torch.tensor([start, start + 5]), config)
+        cos, sin = gpt.rope_tables(torch.tensor([start, start + 5]), config)
         scores.append((gpt.rotate(k, cos[0], sin[0]) * gpt.rotate(q, cos[1], sin[1])).sum())
     torch.testing.assert_close(scores[1:], scores[:1] * 2)
 
@@ -355,7 +384,7 @@ def test_a_future_token_cannot_change_an_earlier_logit(device):
     changed = x.clone()
     changed[:, 10] = (x[:, 10] + 1) % 50
     before, after = model(x, x)[0], model(changed, x)[0]
-    assert torch.equal(before[:, :10], after[:, :10])
+    torch.testing.assert_close(before[:, :10], after[:, :10])
     assert (before[:, 10:] - after[:, 10:]).abs().amax(dim=(0, 2)).min() > 0
 
 @pytest.mark.parametrize('name, millions', [('tiny', 10), ('small', 25), ('medium', 80), ('large', 350)])
@@ -381,7 +410,7 @@ def test_the_loss_starts_near_log_vocab_size():
     model, x = create_model('tiny', vocab_size=500, n_layer=3), torch.randint(500, (4, 65))
     assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(math.log(500), abs=0.1)
 
-def test_muon_makes_the_step_of_torch_optim_muon(monkeypatch):
+def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
     def inverse_root(gram):  # as torch's Muon has it; ours is checked below
         root = torch.eye(gram.size(1))
         for _ in range(5):
@@ -391,15 +420,19 @@ def test_muon_makes_the_step_of_torch_optim_muon(monkeypatch):
 
     monkeypatch.setattr(gpt, 'inverse_root', inverse_root)
     start = [torch.randn(64, 32), torch.randn(64, 32), torch.randn(16, 48)]
-    ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    optimizers = (gpt.Muon([dict(params=ours, muon=True, momentum=0.95)], lr=0.02, weight_decay=0.1),
+    ours = [nn.Parameter(w.clone()) for w in start]
+    ours[1].parts = 4
+    theirs = [nn.Parameter(w.clone()) for w in (start[0], *start[1].chunk(4), start[2])]
+    optimizers = (gpt.Muon(ours, lr=0.02, momentum=0.95, weight_decay=0.1),
                   torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn='original'))
-    for _ in range(3):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+    grads = [F.normalize(torch.randn_like(w)) for w in start]  # rows of norm 1, which ours makes of any
+    for p, grad in zip(ours, grads):
+        p.grad = grad * torch.rand(len(grad), 1) * 9
+    for p, grad in zip(theirs, (grads[0], *grads[1].chunk(4), grads[2])):
+        p.grad = grad
+    for optimizer in optimizers:
+        optimizer.step()
+    theirs = [theirs[0], torch.cat(theirs[1:5]), theirs[5]]
     for a, b, w in zip(ours, theirs, start):  # torch's is in bfloat16: a few per cent
         assert (a - b).norm() < 0.05 * (a - w).norm()
 
@@ -415,7 +448,7 @@ def test_muon_makes_a_matrix_nearly_orthogonal():
 def test_matrices_decay_and_nothing_else_does():
     model = tiny(bias=True)
     for kind, part in ('adamw', model), ('muon', model.blocks):
-        groups = gpt.make_optimizer(model, kind, *RATES).param_groups
+        groups = make_optimizer(model, kind).param_groups
         decaying = {p for group in groups if group['weight_decay'] for p in group['params']}
         assert decaying == {p for p in part.parameters() if p.dim() == 2}
 
@@ -437,8 +470,8 @@ class Head(gpt.GPT):
 
 class Experts(gpt.Block):
     """Three experts in one 3-D weight, after a gain."""
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
+    def __init__(self, config):
+        super().__init__(config)
         self.experts = nn.Parameter(start(3, config.n_embd, config.n_embd))
         self.gain = nn.Parameter(start(config.n_embd))
 
@@ -482,15 +515,16 @@ def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, op
     targets[0, 100:] = -1  # do not count
 
     def compute():
+        model.compute_dtype = None
         with torch.no_grad():
             decoded = cached(model.eval(), x, [200, 1, 99])
             torch.testing.assert_close(decoded[:, -1:], model(x)[0], atol=1e-4, rtol=1e-4)
         model.train()
-        with torch.autocast('cpu', dtype, enabled=dtype == torch.bfloat16):
-            logits = model(x, targets)[0]
-            loss = model(x, targets, return_logits=False)[1]
-            with torch.no_grad():
-                evaluated = model(x, targets, return_logits=False)[1]
+        model.compute_dtype = dtype
+        logits = model(x, targets)[0]
+        loss = model(x, targets, return_logits=False)[1]
+        with torch.no_grad():
+            evaluated = model(x, targets, return_logits=False)[1]
         gradients = torch.autograd.grad(2 * loss, list(model.parameters()))
         if dtype == torch.bfloat16:  # the smallest of them are mostly rounding
             gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
@@ -505,33 +539,64 @@ def test_whatever_parameter_is_added_is_trained_and_survives_a_resume(empty, mon
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name in ('head.weight', 'blocks.1.experts', 'blocks.1.gain'):  # as they were initialised
         assert torch.equal(before[name], start(*before[name].shape))
-    optimizer = gpt.make_optimizer(model, kind, *RATES)
+    optimizer = make_optimizer(model, kind)
     update(model, optimizer)
     assert all((p != before[name]).any() for name, p in model.named_parameters())
     save_checkpoint('c.pt', checkpoint(model, optimizer=optimizer.state_dict()))
     state = load_checkpoint('c.pt')
     resumed = load_model(state)
-    resumed_optimizer = gpt.make_optimizer(resumed, kind, *RATES)
-    gpt.load_optimizer(resumed_optimizer, state['optimizer'])
+    resumed_optimizer = make_optimizer(resumed, kind)
+    resumed_optimizer.load_state_dict(state['optimizer'])
     update(model, optimizer)
     update(resumed, resumed_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
-    model, options = tiny(), ('muon', *RATES)
-    with monkeypatch.context() as patch:
-        patch.setattr(gpt, 'Muon', lambda groups, make=gpt.Muon, **options: make(groups[:1], **options))
-        assert 'embedding.weight is in 0 groups' in refusal(gpt.make_optimizer, model, *options)
+    model = tiny()
+    some = lambda model, settings: [torch.optim.SGD([model.norm.weight], lr=0.1)]
+    monkeypatch.setitem(gpt.OPTIMIZERS, 'some', some)
+    assert 'embedding.weight is in 0 groups' in refusal(make_optimizer, model, 'some')
     model.blocks[1].mlp.up.weight = model.blocks[0].mlp.up.weight
     with pytest.warns(UserWarning):
-        assert 'mlp.up.weight is in 2 groups' in refusal(gpt.make_optimizer, model, *options)
+        assert 'mlp.up.weight is in 2 groups' in refusal(make_optimizer, model, 'muon')
+
+def test_one_line_adds_an_optimizer(monkeypatch):
+    def plain(model, settings):
+        hidden, others = gpt.hidden_and_other(model)
+        return [torch.optim.Muon(hidden, lr=settings['muon_learning_rate']), torch.optim.SGD(others, lr=0.1)]
+
+    monkeypatch.setitem(gpt.OPTIMIZERS, 'plain', plain)
+    model = tiny()
+    before = [p.clone() for p in model.parameters()]
+    optimizer = make_optimizer(model, 'plain')
+    update(model, optimizer)
+    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+    again = make_optimizer(model, 'plain')
+    again.load_state_dict(optimizer.state_dict())
+    assert [group['peak_lr'] for group in again.param_groups] == [0.02, 0.1]
+
+def test_the_model_checks_itself(monkeypatch):
+    class Shifted(gpt.Block):  # mixes in the position before, which a step of the cache does not have
+        def forward(self, x, *others):
+            return super().forward(x + F.pad(x, (0, 0, 1, -1)), *others)
+
+    for options in VARIANTS:
+        with monkeypatch.context() as patch:
+            gpt.check_model(variant(patch, **options))
+    monkeypatch.setattr(gpt, 'Block', Shifted)
+    assert 'sampling differs from training by' in refusal(gpt.check_model, tiny())
+
+def test_blocks_that_run_twice_sample_as_they_train(monkeypatch):
+    monkeypatch.setattr(gpt.Block, 'forward', lambda self, x, *others, once=gpt.Block.forward: once(
+        self, once(self, x, *others), *others))
+    gpt.check_model(tiny())
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_generating_between_updates_changes_none(kind):
     weights = []
     for generates in (False, True):
         model = tiny()
-        optimizer = gpt.make_optimizer(model, kind, *RATES)
+        optimizer = make_optimizer(model, kind)
         for _ in range(3):
             update(model, optimizer)
             if generates:
@@ -541,7 +606,7 @@ def test_generating_between_updates_changes_none(kind):
 
 def test_a_scaler_skips_the_whole_step_where_a_gradient_is_infinite():
     model, x = tiny(), ids(2, 9)
-    optimizer, scaler = gpt.make_optimizer(model, 'muon', *RATES), torch.amp.GradScaler('cpu')
+    optimizer, scaler = make_optimizer(model, 'muon'), torch.amp.GradScaler('cpu')
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(model(x, x)[1]).backward()
     model.embedding.weight.grad[0, 0] = math.inf
@@ -550,8 +615,8 @@ def test_a_scaler_skips_the_whole_step_where_a_gradient_is_infinite():
 
 def test_a_loaded_optimizer_keeps_its_own_options():
     model = tiny()
-    optimizer = gpt.make_optimizer(model, 'adamw', 0.5, *RATES[1:])
-    gpt.load_optimizer(optimizer, gpt.make_optimizer(model, 'adamw', *RATES).state_dict())
+    optimizer = make_optimizer(model, 'adamw', learning_rate=0.5)
+    optimizer.load_state_dict(make_optimizer(model, 'adamw').state_dict())
     assert {group['peak_lr'] for group in optimizer.param_groups} == {0.5}
 
 def test_gradient_checkpointing_keeps_less_than_half_for_backward():
@@ -706,10 +771,12 @@ def assert_same_run(one, other):
     a, b = (load_checkpoint(f'{folder}/ckpt.pt') for folder in (one, other))
     assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
     assert all(torch.equal(weight, b['model'][name]) for name, weight in a['model'].items())
-    assert a['optimizer']['state'].keys() == b['optimizer']['state'].keys() != set()
-    for p, state in a['optimizer']['state'].items():
-        assert all(torch.equal(value, b['optimizer']['state'][p][name]) for name, value in state.items())
-    assert all(column(one, name) == column(other, name) for name in ('iter', 'train_loss', 'lr'))
+    for one_part, other_part in zip(*(state['optimizer']['parts'] for state in (a, b)), strict=True):
+        assert one_part['state'].keys() == other_part['state'].keys() != set()
+        for p, state in one_part['state'].items():
+            assert all(torch.equal(value, other_part['state'][p][name]) for name, value in state.items())
+    assert sorted(set(column(one, 'iter'))) == sorted(set(column(other, 'iter')))  # evaluations have rows, too
+    assert all(column(one, name) == column(other, name) for name in ('train_loss', 'lr'))
 
 @pytest.mark.parametrize('kind, by_hand', [  # of updates 1 and 4 of the warm-up, 5, 22 and 40, the last
     ('muon', [0.2, 0.8, 1, *((1 + math.cos(math.pi * done / 36)) / 2 for done in (17, 35))]),
@@ -725,7 +792,7 @@ def test_a_run_makes_its_updates_and_keeps_the_latest_and_the_best(runs, kind):
     folder = runs.folder / kind
     latest, best = (load_checkpoint(folder / name) for name in ('ckpt.pt', 'best.pt'))
     losses = column(folder, 'train_loss')
-    assert column(folder, 'iter') == list(range(1, 41)) and len(column(folder, 'val_loss')) == 14
+    assert sorted(set(column(folder, 'iter'))) == list(range(1, 41)) and len(column(folder, 'val_loss')) == 14
     assert latest['iter_num'] == 40 and latest['tokens_seen'] == 40 * 128
     assert best['val_loss'] == pytest.approx(min(column(folder, 'val_loss')), abs=1e-6)
     assert 'optimizer' not in best and losses[-1] < 0.7 * losses[0]
@@ -796,7 +863,7 @@ def test_two_runs_started_at_once_in_a_fresh_clone_share_one_preparation(place):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(place, monkeypatch):
     at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=15)  # in update 5
-    err = call_script('train.py', 'tiny.py', '--log_interval=10', status=1)[1]
+    err = call_script('train.py', 'tiny.py', '--log_interval=10', status=2)[1]
     assert err.startswith('update 5: loss nan') and err.count('\n') == 1 and 'lower learning rate' in err
     for saved in load_checkpoint('out/ckpt.pt'), load_checkpoint('out/best.pt'):
         assert saved['iter_num'] == 3 and all(p.isfinite().all() for p in saved['model'].values())
@@ -816,7 +883,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(place, monkeypa
 
 @pytest.mark.parametrize('owner, name, error, says', [
     (os, 'fsync', OSError(28, 'No space left on device'), 'No space left on device'),
-    (torch.optim.AdamW, 'step', MemoryError(), 'out of memory at micro-batches of 1 x 16'),
+    (torch.optim.AdamW, 'step', MemoryError(), 'out of memory'),
 ])
 def test_without_disk_or_memory_the_last_checkpoint_stays(place, monkeypatch, owner, name, error, says):
     def fail(*_, **__):
@@ -843,7 +910,7 @@ def test_starting_over_puts_the_old_run_aside_and_nothing_else(place):
     ('train.py tiny.py --block_size=5000', '1,160 tokens'),
     ('train.py tiny.py --dataset=nothing', 'run "python prepare.py'),
     ('train.py tiny.py --dataset=damaged', 'damaged (prepared: '),
-    ('train.py --resume', 'made 40 updates'),
+    ('train.py --resume', 'already finished (40 of 40'),
     ('train.py --resume --n_layer=3', 'n_layer is 2'),
     ('train.py --resume --optimizer=adamw', 'another optimizer'),
     ('train.py --resume --dataset=more', 'sha256'),
@@ -906,11 +973,12 @@ def test_a_field_added_to_the_configuration_is_a_setting_everywhere(place, monke
 
 def test_samples_and_wandb_are_there_when_asked_for_and_change_no_update(place, runs):
     logged = []
-    wandb = SimpleNamespace(init=lambda **_: None, log=lambda row, **_: logged.append(row['iter']))
+    run = SimpleNamespace(id='a1', log=lambda row: logged.append(row['iter']) if 'lr' in row else None)
+    wandb = SimpleNamespace(init=lambda **_: run)
     flags = ['tiny.py', '--max_iters=7', '--lr_decay_iters=40', '--wandb_log', '--sample_interval=1']
     plain, _ = call_script('train.py', *flags[:-1], wandb=None)
     out, _ = call_script('train.py', *flags, wandb=wandb)
-    assert 'wandb is not installed' in plain and logged == list(range(1, 8)) and len(out) > len(plain) + 500
+    assert 'wandb failed: ' in plain and logged == list(range(1, 8)) and len(out) > len(plain) + 500
     assert column('out', 'train_loss') == column(runs.folder / 'muon', 'train_loss')[:7]
 
 def test_without_a_network_the_run_trains_on_pydoc_and_every_record_says_so(place, monkeypatch):
@@ -967,6 +1035,9 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.notes = []
 
+    def register_generator_state(self, generator):
+        pass
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default
         kwargs = kwargs or {}
@@ -985,7 +1056,7 @@ READING += [(options, [5, 1, 11, 20, 1, 15]) for options in VARIANTS[1:7]]
 
 @torch.no_grad()
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 @pytest.mark.parametrize('options, chunks', READING, ids=str)
 def test_cached_equals_uncached_whatever_the_chunks_and_past_the_window(monkeypatch, options, chunks, dtype,
                                                                         error, device):
@@ -1113,7 +1184,7 @@ def test_ctrl_c_stops_a_text_and_the_talk_goes_on(place):
         assert child.returncode == 0 and '/max_new_tokens 5\n' in out
 
 def test_the_benchmark_measures_what_it_says(place):
-    flags = ['tiny.py', '--json', '--updates=3', '--decode_tokens=5', '--random_data=false']
+    flags = ['tiny.py', '--json', '--updates=3', '--decode_tokens=5']
     figures = json.loads(call_script('bench.py', *flags)[0])
     assert figures['parameters'] == load_model(load_checkpoint('out/best.pt')).n_params()
     assert figures['ms_per_update'].keys() == {'all', 'data', 'forward', 'backward', 'optimizer'}

@@ -1,11 +1,12 @@
 """Train a GPT.
 
-    python train.py config/train_shakespeare.py                     # on whatever machine this is
-    python train.py --dataset=poems --minutes=5                     # a model and a run of the size that fits
-    python train.py --resume                                        # continue the run in out/
+    python train.py                                    # five minutes of Shakespeare, sized for this machine
+    python train.py config/train_shakespeare.py        # a config file
+    python train.py --dataset=poems --minutes=10       # a model and a run that fit text, machine and time
+    python train.py --resume                           # continue the run in out/
+    python train.py --interactive                      # answer questions, get a config file
+    python train.py --status                           # what is prepared and trained here
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-    python train.py --interactive                                   # answer questions, get a config file
-    python train.py --status                                        # what is here, and what to type next
 """
 import os
 import signal
@@ -13,39 +14,31 @@ import signal
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing to save yet
 
-import contextlib
-import csv
 import gc
-import glob
 import itertools
 import math
-import re
 import shlex
-import shutil
 import sys
 import time
-import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
-began = time.time()  # before the slow imports: elapsed_s counts them
+began = time.monotonic()  # before the slow imports: elapsed_s counts them
 
-import filelock  # comes with torch
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+import configurator
 import hardware
 import prepare
-from configurator import ask, check, choose, configure, plain_errors, set_up_output, stop
-from model import (GPT, GPTConfig, config_from, load_checkpoint, load_model, load_optimizer, make_optimizer,
-                   presets, save_checkpoint)
+from configurator import clock, configure, plain_errors, progress, watching
+from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
+                   load_checkpoint, presets, save_checkpoint, start_training)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
 # the run
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
 resume = False  # continue from out_dir/ckpt.pt with its settings, which config files and flags may change
-init_from = ''  # start from the weights of this checkpoint or Hugging Face folder, in its shape and tokenizer
+init_from = ''  # start from the weights of this checkpoint or run folder, in its shape and tokenizer
 minutes = 0.0  # choose the model and the run so that it takes so long on this machine; 0: as the settings say
 eval_only = False  # evaluate once and exit
 dry_run = False  # check everything, time a few real updates, print the estimate; writes nothing
@@ -58,7 +51,7 @@ offline_dataset = ''  # the data set to use where dataset can't be downloaded; '
 batch_size = 16  # sequences in a micro-batch, on each process
 tokens_per_update = 0  # tokens in an update, of all processes together; 0: one micro-batch a process
 # model
-model_preset = 'tiny'  # tiny, small, medium, large (10M to 350M parameters): defaults of the model's settings
+model_preset = ''  # 10M to 350M parameters: other defaults for the model's settings; '': those of GPTConfig
 vocab_size = 0  # distinct tokens; 0: as many as the data set's tokenizer has
 # optimizer
 optimizer = 'muon'  # muon: the blocks' matrices by Muon, the rest by AdamW; adamw: all by AdamW
@@ -71,14 +64,14 @@ beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
 beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
 grad_clip = 1.0  # largest gradient norm; 0: no limit
 decay_lr = True  # false: the learning rates stay at their peaks after the warm-up
-lr_schedule = 'cosine'  # cosine, or linear: flat, then straight down over the last `cooldown` of the run
+lr_schedule = 'cosine'  # how the rates fall; linear: flat, then straight down over the last `cooldown` of the run
 cooldown = 0.6  # share of lr_decay_iters; for the linear schedule
 warmup_iters = 20  # updates over which the learning rates rise to their peaks
 lr_decay_iters = 0  # updates after which the learning rate is min_lr; 0: max_iters
 min_lr = 0.0  # AdamW's learning rate at the end; Muon's falls in proportion
 # reports
 log_interval = 10  # updates between lines of the log
-eval_interval = 250  # updates between evaluations, and between saves
+eval_interval = 250  # updates between evaluations, each after a save
 eval_iters = 200  # batches of the validation split that an evaluation reads, evenly spaced; 0: all
 patience = 0  # evaluations without a better validation loss before stopping; 0: never
 sample_interval = 0  # evaluations between short samples from the model; 0: none
@@ -87,679 +80,344 @@ wandb_project = 'gpt'  # name of the project there
 wandb_run_name = ''  # name of the run there; '': out_dir
 # machine
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
-dtype = 'auto'  # auto, float32, bfloat16, float16
-compile = 'auto'  # torch.compile: auto (where it pays), true, false
+dtype = 'auto'  # of the arithmetic; weights are float32
+compile = 'auto'  # torch.compile; auto: where it pays
 threads = 0  # CPU threads; 0: as many as are fastest now
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
-KNOWN = (*prepare.DOWNLOADS, 'pydoc')  # data sets that are prepared where they are missing
-READINGS = 6  # of a text, before a model knows it by heart
-RUN_FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png')
-COLUMNS = ('iter', 'elapsed_s', 'train_loss', 'val_loss', 'lr', 'grad_norm', 'tokens_per_sec')
-ANY, RATE, SHARE = (0, 10**12), (0, 10), (0, 0.999999)
-RANGES = dict(
-    max_iters=(1, 10**12), batch_size=(1, 10**12), log_interval=(1, 10**12), eval_interval=(1, 10**12),
-    tokens_per_update=ANY, eval_iters=ANY, warmup_iters=ANY, lr_decay_iters=ANY, patience=ANY,
-    sample_interval=ANY, seed=ANY, minutes=ANY, grad_clip=ANY, learning_rate=RATE, muon_learning_rate=RATE,
-    weight_decay=RATE, beta1=SHARE, beta2=SHARE, muon_momentum=SHARE, cooldown=(0, 1), threads=(0, 1024),
-)
-
-def clock(seconds):
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}'
-
-def alive(text):
-    """On a terminal, a line that the next one replaces: that the program lives."""
-    if master and sys.stdout.isatty():
-        print(f'{text}\r', end='', flush=True)
-
-def peak_memory():
-    return f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB'
-
-def prepare_missing(name):
-    if name in KNOWN and name not in prepare.data_sets():
-        prepare.prepare([name])
-
-def show_status():
-    """Versions, device, data sets, runs, and the command that comes next."""
-    print(hardware.table())
-    known = ', '.join(prepare.data_sets()) or 'none yet (python prepare.py FILE makes one)'
-    print(f'\ndata sets in data/: {known}')
-    command = 'python train.py config/train_shakespeare_quick.py'
-    for path in sorted(glob.glob('out*/ckpt.pt'), key=os.path.getmtime):
-        folder = os.path.dirname(path)
-        try:
-            run = load_checkpoint(path)
-        except ValueError as error:
-            print(f'run in {folder}: {error}')
-            continue
-        wanted, loss = run['config']['max_iters'], f'best validation loss {run["best_val_loss"]:.4f}'
-        if run['best_val_loss'] == math.inf:
-            loss = 'not evaluated yet'
-        print(f'run in {folder}: {run["config"]["dataset"]}, update {run["iter_num"]} of {wanted}, {loss}')
-        script = 'train.py --resume' if run['iter_num'] < wanted else 'sample.py'
-        command = f'python {script} --out_dir={shlex.quote(folder)}'
-    print(f'next: {command}')
-
-def interview():
-    """Ask for the main settings, write config/my_NAME.py, and start that run if told to."""
-    def prepared(name):
-        if name not in prepare.data_sets():
-            prepare.prepare([name])
-
-    def above_zero(number):
-        if not number > 0:
-            raise ValueError('more than 0')
-
-    def path_of(name):
-        return os.path.join('config', f'my_{re.sub("[^A-Za-z0-9_-]+", "_", name)}.py')
-
-    def is_new(name):
-        if os.path.exists(path_of(name)):
-            raise ValueError(f'{path_of(name)} exists already')
-
-    print(hardware.table())
-    known = list(dict.fromkeys([*prepare.data_sets(), *KNOWN]))
-    device = ask('device', hardware.pick_device(), hardware.pick_device)
-    answer = ask(f'data set ({", ".join(known)}) or the path of a text', known[0], prepared)
-    dataset = answer if answer in prepare.data_sets() else prepare.make_name(answer)
-    minutes = ask('minutes that training may take', 5.0, above_zero)
-    name = ask('name of the run', dataset, is_new)
-    path, out_dir = path_of(name), os.path.basename(path_of(name))[:-3].replace('my_', 'out-', 1)
-    os.makedirs('config', exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(f'# python train.py {path}; all settings: python train.py --help\n'
-                   f'device = {device!r}\ndataset = {dataset!r}\n'
-                   f'minutes = {minutes!r}\nout_dir = {out_dir!r}\n')
-    print(f'{path} is written')
-    if not ask('start it now', True):
-        print(f'later: python train.py {path}')
-        sys.exit()
-    os.execv(sys.executable, [sys.executable, __file__, path])  # signals reach the run itself
+ONE_OR_MORE, SHARE = (1, 10**12), (0, 0.999999)
+ALLOWED = dict(
+    model_preset=('', *presets), optimizer=OPTIMIZERS, lr_schedule=SCHEDULES, compile=('auto', 'true', 'false'),
+    dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=ONE_OR_MORE, max_iters=ONE_OR_MORE,
+    log_interval=ONE_OR_MORE, eval_interval=ONE_OR_MORE, beta1=SHARE, beta2=SHARE, muon_momentum=SHARE,
+    threads=(0, 1024))
+SAVE_SECONDS = 300  # no checkpoint gets older, whatever eval_interval is
 
 # ----------------------------------------------------------------------------
-# resolve the settings: defaults, of the preset or of the run that is continued, then config files, then flags
+# settle the settings; until globals().update(config) they are config['name']
 
-set_up_output()
-if problem := hardware.version_problem():
-    stop(problem)
-config = configure(GPTConfig, __file__, saved={**presets['tiny'], 'vocab_size': 0})
-for asked, answer in (('show_hardware', lambda: print(hardware.table())), ('status', show_status),
-                      ('interactive', interview)):
-    if config[asked]:
-        with plain_errors():
-            answer()
-        sys.exit()
-out_dir = config['out_dir']
-log_path, ckpt_path, best_path = (os.path.join(out_dir, name) for name in ('log.csv', 'ckpt.pt', 'best.pt'))
-if 'RANK' in os.environ:  # torchrun's restart is the same command, so that the first start has --resume, too
-    if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
-        stop('torchrun --max_restarts needs train.py --resume: without it a restart would start from nothing')
-    config['resume'] = config['resume'] and os.path.exists(ckpt_path)
+configurator.set_up_output()
+config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
 with plain_errors():
-    choose(config, 'model_preset', presets)
-    saved, source, defaults = {}, '', {**presets[config['model_preset']], 'vocab_size': 0}
+    if problem := hardware.version_problem():
+        raise ValueError(problem)
+    if config['show_hardware']:
+        print(hardware.table())
+        sys.exit()
+    if config['status']:
+        configurator.show_status(hardware.table(), prepare.data_sets(), load_checkpoint)
+        sys.exit()
+    if config['interactive']:
+        print(hardware.table())
+        known = prepare.known()
+        configurator.interview(__file__, [
+            ('device', 'device', hardware.pick_device(), hardware.pick_device),
+            ('dataset', f'data set ({", ".join(known)}) or the path of a text', known[0], prepare.find),
+            ('minutes', 'minutes that training may take', 5.0, configurator.above_zero)])
+    if len(sys.argv) == 1:
+        print('no arguments: five minutes of Shakespeare, as --minutes=5 plans them; --help lists the settings')
+        config.update(minutes=5.0, offline_dataset='pydoc')
+
+    # below config files and flags: a preset, or the checkpoint that is resumed or started from
+    saved, source, base = None, '', {}
+    ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
+    if 'RANK' in os.environ:  # torchrun's restart is the same command, so that the first start has --resume, too
+        if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
+            raise ValueError('torchrun --max_restarts needs train.py --resume: a restart would begin from nothing')
+        config['resume'] = given['resume'] = config['resume'] and os.path.exists(ckpt_path)
     if config['resume']:
         source, saved = ckpt_path, load_checkpoint(ckpt_path)
-        defaults = {**saved['config'], 'out_dir': out_dir, 'init_from': ''}
+        this_call = dict(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
+        base = {name: value for name, value in saved['config'].items() if name in config} | this_call
     elif config['init_from']:
         source, saved = config['init_from'], load_checkpoint(config['init_from'])
-        defaults = {**saved['model_config'], 'block_size': min(512, saved['model_config']['block_size'])}
-config = {**configure(GPTConfig, __file__, saved=defaults), 'resume': config['resume']}
-config['compile'] = config['compile'].lower()
-globals().update(config)
-with plain_errors():
-    for name, (low, high) in RANGES.items():
-        check(config, name, low, high)
-    check(config, 'min_lr', 0, learning_rate)
-    choose(config, 'optimizer', ('muon', 'adamw'))
-    choose(config, 'lr_schedule', ('cosine', 'linear'))
-    choose(config, 'compile', ('auto', 'true', 'false'))
-    if lr_decay_iters:
-        check(config, 'lr_decay_iters', warmup_iters + 1, 10**12)
+        base = {**saved['model_config'], 'block_size': min(512, saved['model_config']['block_size'])}
+    elif config['model_preset']:
+        base = {**presets[config['model_preset']], 'vocab_size': 0}
+    config |= base | given
 
-# ----------------------------------------------------------------------------
-# device, and the other processes if torchrun started several
+    # device and processes
+    asked = dict(device=config['device'], dtype=config['dtype'])
+    rank, world_size, device = hardware.start_processes(hardware.pick_device(config['device']))
+    config.update(device=device, dtype=hardware.pick_dtype(device, config['dtype']),
+                  threads=hardware.set_up(device, config['threads']))
+    master = rank == 0
+    say = print if master else lambda *_: None
 
-rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-master = rank == 0
-say = print if master else lambda *args, **kwargs: None
-with plain_errors():
-    device = hardware.pick_device(device)
-    if world_size > 1:
-        if device == 'mps':
-            say('device  several processes cannot share an Apple GPU: training on the CPU')
-            device = 'cpu'
-        if device in ('cuda', 'xpu'):
-            device = hardware.pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
-        warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.9 does not have
-        dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(hardware.kind(device), 'gloo'))
-    dtype = hardware.pick_dtype(device, dtype)
-hardware.set_up(device, threads)
-if device == 'cpu' and threads == 0 and world_size == 1:
-    threads = hardware.pick_threads()
+    # data
+    if master and not config['dry_run']:
+        config['dataset'] = prepare.fetch(config['dataset'], config['offline_dataset'])
+    config['dataset'], updates_made = hardware.from_rank_0((config['dataset'], saved and saved['iter_num']))
+    if saved and saved['iter_num'] != updates_made:
+        raise ValueError(f'{source} differs between machines: all need the same out_dir')
+    data = prepare.load_dataset(config['dataset'])
 
-# ----------------------------------------------------------------------------
-# data
+    # plan
+    planned = {}
+    if config['minutes'] and saved:
+        say(f'note    --minutes plans a new run: the one from {source} keeps its max_iters')
+    elif config['minutes']:
+        planned = hardware.plan(60 * config['minutes'], len(data.train), data.meta['vocab_size'], device,
+                                config['dtype'])
+        config |= planned | base | given
+    if {'n_layer', 'n_head', 'n_embd'} & given.keys() and 'n_kv_head' not in given and not saved:
+        config['n_kv_head'] = 0  # a preset's or a plan's suits their own heads only
+    vocab_size = saved['model_config']['vocab_size'] if saved else data.meta['vocab_size']
+    gpt_config = config_from(config, vocab_size=config['vocab_size'] or vocab_size)
+    config.update(asdict(gpt_config))
+    if saved:
+        check_continues(saved, source, config, data.meta, prepare.text_id(data))
+    prepare.check_fits(data, config)
+    with torch.device('meta'):
+        n_params = GPT(gpt_config).n_params()
+    hardware.check_memory(device, n_params)
+    n_micro = hardware.accumulation(config, world_size)
 
-with plain_errors():
-    if master and not dry_run:
-        try:
-            prepare_missing(dataset)
-        except ConnectionError as error:
-            if not offline_dataset:
-                stop(f'{error}; or train on your own text (python prepare.py my.txt), or on --dataset=pydoc, '
-                     'which needs no network')
-            print(f'{dataset} could not be fetched: {error}')
-            print(f'training on {offline_dataset} instead, as offline_dataset says')
-            dataset = offline_dataset
-            prepare_missing(dataset)
-    if world_size > 1:  # the others wait for it, and learn what it became
-        here = saved['iter_num'] if resume else 0
-        chosen = [dataset, here]
-        dist.broadcast_object_list(chosen)
-        dataset, there = chosen
-        if here != there:
-            stop(f'{ckpt_path} is of update {here} on rank {rank}, of {there} on rank 0: '
-                 'all machines need the same out_dir')
-    config['dataset'] = dataset
-    data = prepare.load_dataset(dataset)
-text_id = f'{data.meta["source_sha256"]} {data.meta["tokens"]["train"]}'
+    # trial
+    def sequences(n):
+        return next(prepare.batches(data.train, 0, n, n, config['block_size'], config['seed'], config['device']))
 
-# ----------------------------------------------------------------------------
-# model
+    rounds = 0 if config['eval_only'] else 3
+    with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
+        trial = hardware.fit(lambda: start_training(gpt_config, config, saved), sequences, config, n_micro, rounds)
+    config['batch_size'], n_micro = trial.batch_size, trial.n_micro
+    if planned:
+        seconds = 60 * config['minutes'] - (time.monotonic() - began)
+        planned |= hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
+        config |= planned | base | given
+    updates_left = config['max_iters'] - (saved['iter_num'] if config['resume'] else 0)
+    config['compile'], reason = hardware.choose_compile(config['compile'], device, updates_left * trial.update)
 
-def settings_for(seconds):
-    """The settings of a run of so many seconds on this text and device. Measured for half a minute to ten
-    minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
-    no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
-    operations = 0.3 * hardware.measure_flops(device, dtype) * seconds
-    n_params = min((operations / 6) ** 0.5, READINGS * len(data.train))
-    vocab = data.meta['vocab_size']
-    n_layer = 2
-    while 12 * n_layer * (64 * n_layer) ** 2 + vocab * 64 * n_layer < n_params:
-        n_layer += 2
-    # 11 n_layer n_embd^2 + vocab n_embd = n_params
-    n_embd = ((vocab**2 + 44 * n_layer * n_params) ** 0.5 - vocab) / (22 * n_layer)
-    n_head = max(2, round(n_embd / 64))
-    return dict(
-        n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
-        block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
-        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10, eval_iters=25,
-        max_iters=10**6, eval_interval=10**6,  # as there is time for, which is measured below
-    )
-
-dial = {}
-if minutes and saved:
-    say(f'note    --minutes sizes a new run: the one from {source} keeps its max_iters')
-elif minutes:
-    dial = settings_for(60 * minutes)
-    chosen = configure(GPTConfig, __file__, saved={**defaults, **dial})
-    config.update({name: chosen[name] for name in dial})
-    globals().update({name: chosen[name] for name in dial})
-with plain_errors():
-    own = saved['model_config']['vocab_size'] if saved else data.meta['vocab_size']
-    gpt_config = config_from(config, vocab_size=vocab_size or own)
-    if saved and saved['tokenizer'] != data.meta['tokenizer']:
-        raise ValueError(f'{source} and data/{dataset} have different tokenizers: '
-                         f'"python prepare.py TEXT --tokenizer={source}" makes data that fits')
-    for field in fields(gpt_config) if saved else ():
-        before, now = saved['model_config'].get(field.name), getattr(gpt_config, field.name)
-        shorter = field.name == 'block_size' and init_from and now < before  # positions are only rotations
-        if now != before and not shorter and field.name not in ('dropout', 'gradient_checkpointing'):
-            raise ValueError(f'{field.name} is {before} in {source} and cannot become {now}')
-    if resume:
-        anew = f'--init_from={source} starts a new run from its weights'
-        if 'optimizer' not in saved:
-            raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {anew}')
-        if saved['config'].get('optimizer') != optimizer:
-            raise ValueError(f'{source} was made by another optimizer: {anew}')
-        if saved['dataset_sha256'] != text_id:
-            raise ValueError(f'data/{dataset} is not what {source} was trained on (another sha256): {anew}')
-    if gpt_config.vocab_size < data.meta['vocab_size']:
-        raise ValueError(f'vocab_size is {vocab_size}, data/{dataset} has {data.meta["vocab_size"]} tokens')
-    block_size = gpt_config.block_size
-    for split, tokens in (('train', data.train), ('val', data.val)):
-        if len(tokens) <= block_size:
-            raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {block_size} needs '
-                             f'{block_size + 1}: lower block_size or give more text')
-    with torch.device('meta'):  # weights, gradients, and Muon's momentum; AdamW takes a third more
-        least, memory = 12 * GPT(gpt_config).n_params() / 2**30, hardware.describe(device)['memory_gib']
-    if 0 < memory < least:
-        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has '
-                         f'{memory}: choose a smaller model')
-    torch.manual_seed(seed)
-    model = load_model({**saved, 'model_config': asdict(gpt_config)}) if saved else GPT(gpt_config)
-model.to(device)
-raw_model = model  # what is evaluated, sampled from and saved
-optimizer = make_optimizer(model, optimizer, learning_rate, (beta1, beta2), muon_learning_rate, muon_momentum,
-                           weight_decay)
-scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
-step, tokens_seen, elapsed, val_loss, best_val_loss, best_step = 0, 0, 0.0, math.nan, math.inf, 0
-if resume:
-    step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
-    val_loss, best_val_loss, best_step = saved['val_loss'], saved['best_val_loss'], saved['best_step']
-    if step >= max_iters and not eval_only:
-        stop(f'{source} has made {step} updates, all of max_iters {max_iters}: --max_iters=N goes on to N')
-    if 0 < patience <= (step - best_step) // eval_interval and not eval_only:
-        stop(f'{source} stopped at update {step}, out of patience: --patience=0 goes on')
-
-# tokens in an update = micro-batches x processes x sequences x block_size
-micro_tokens = world_size * batch_size * block_size
-tokens_per_update = tokens_per_update or micro_tokens
-n_micro = tokens_per_update // micro_tokens
-if tokens_per_update % micro_tokens:
-    near = max(1, n_micro) * micro_tokens
-    stop(f'tokens_per_update {tokens_per_update:,} is not a multiple of {micro_tokens:,} (batch_size '
-         f'{batch_size} x block_size {block_size} x processes {world_size}): choose {near:,} or '
-         f'{near + micro_tokens:,}')
-
-# ----------------------------------------------------------------------------
-# a few real updates: whether they fit into memory, and how long they take
-
-@contextlib.contextmanager
-def last_words():
-    """Where disk, data or memory give out inside: one line that says so, what is left, and what to try."""
-    try:
-        yield
-    except OSError as error:
-        where = f'{error.filename}: {error.strerror}' if error.filename else error
-        stop(f'{where}; {what_is_left()}')
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        stop(f'out of memory at micro-batches of {batch_size} x {block_size}: {str(error)[:200]}; '
-             f'{what_is_left()}. Weights, gradients and optimizer alone take {least:.2f} GiB or more: try a '
-             'smaller batch_size, block_size or model, or --gradient_checkpointing')
-
-def what_is_left():
-    there = os.path.exists(ckpt_path)
-    return f'{ckpt_path} is from before it, whole' if there else 'there is no checkpoint yet'
-
-def out_of_memory(error):
-    """Whether it says so, in whatever words the device has for it."""
-    words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED"
-    return bool(re.search(words, f'{type(error).__name__}: {error}'))
-
-def trial():
-    """One update, of two micro-batches at most -> its seconds."""
-    begin = time.perf_counter()
-    for _ in range(min(n_micro, 2)):  # the second finds the gradients of the first in memory
-        x, y = next(prepare.batches(data.train, 0, batch_size, batch_size, block_size, seed, device))
-        with hardware.autocast(device, dtype):
-            loss = model(x, y, return_logits=False)[1]
-        loss.backward()
-    with hardware.autocast(device, dtype):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    hardware.synchronize(device)
-    return time.perf_counter() - begin
-
-for group in optimizer.param_groups:
-    group['lr'] = 0.0  # the trial changes no weight
-seconds = 0.0  # of an update
-while not seconds and not eval_only:
-    with last_words():
-        try:
-            seconds = max(1, n_micro / 2) * min(trial() for _ in range(3))
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or world_size > 1 or not out_of_memory(error):
-                raise
-            optimizer.zero_grad(set_to_none=True)
-            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-            n_micro, batch_size = n_micro * batch_size // smaller, smaller
-            say(f'out of memory: {n_micro} micro-batches of {batch_size} sequences make the same update')
-optimizer.state.clear()
-if world_size > 1:
-    slowest = torch.tensor(seconds, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    seconds = slowest.item()
-if dial and not eval_only:
-    evaluations = max(1, min(4, int(minutes)))
-    # a token of an evaluation takes about a third of one of training
-    pause = seconds / 3 * min(len(data.val), (eval_iters or 10**6) * 4096) / tokens_per_update
-    left = 60 * minutes - (time.time() - began) - evaluations * pause - 1
-    enough = READINGS * len(data.train) // tokens_per_update
-    if max_iters == dial['max_iters']:  # not given by a flag or a config file
-        max_iters = max(1, min(int(left / (1.07 * seconds)), enough))  # what the loop adds to a trial
-        if max_iters == enough:
-            say(f'note    {READINGS} readings of so short a text are enough: more would learn it by heart')
-    if eval_interval == dial['eval_interval']:
-        eval_interval = math.ceil(max_iters / evaluations)
-    flags = ' '.join(f'--{name}={globals()[name]}' for name in dial)
-    say(f'plan    for {minutes:g} minutes, the same as: python train.py --dataset={dataset} {flags}')
-if resume:
-    with plain_errors():
-        load_optimizer(optimizer, saved['optimizer'])
-    scaler.load_state_dict(saved['scaler'])
-saved = None
-problem = ''  # why not to compile
-if compile == 'auto':  # compiling takes about a minute: it pays on runs of many
-    if seconds * (max_iters - step) < (1200 if device == 'cpu' else 120):
-        problem = 'compiling would take longer than it saves'
-if compile != 'false' and not problem:
-    problem = hardware.compile_problem(device)
-compile = 'false' if problem else compile.replace('auto', 'true')
-# what a resumed run keeps to
-config.update(minutes=0.0, threads=threads, max_iters=max_iters, eval_interval=eval_interval, compile=compile,
-              tokens_per_update=tokens_per_update)
-expected = seconds  # of an update
-peak, peak_origin = hardware.peak_flops(device, dtype)
-
-# ----------------------------------------------------------------------------
-# what is in force
-
-c = gpt_config
-factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch_size, 'tokens': block_size}
-product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
+globals().update(config)  # from here on no setting changes
+engine = f'not compiled ({reason})' if reason else 'compiled' if compile == 'true' else 'not compiled'
 epochs = max_iters * tokens_per_update / len(data.train)
-engine = 'compiled' if compile == 'true' else f'not compiled ({problem})' if problem else 'not compiled'
 say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
 say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):,} for validation; '
-    f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {c.vocab_size:,}')
-say(f'model   {model.n_params() / 1e6:.2f}M parameters: {c.n_layer} layers, {c.n_embd} wide, '
-    f'{c.n_head} query heads, {c.n_kv_head} for keys and values, context {block_size}')
-say(f'update  {tokens_per_update:,} tokens = {product}; '
-    f'{max_iters:,} updates read the text {epochs:.2g} times')
-say(f'MFU     is the share of {peak / 1e12:.3g} TFLOP/s ({peak_origin}) that the model uses: 30 to 60 % is')
-say('        good, below 10 % the model is too small for the device, or something holds it up')
-if resume or init_from:
-    say(f'start   from {source}, update {step}')
+    f'{data.meta["tokenizer"]["kind"]} tokenizer, vocabulary {vocab_size:,}')
+say(f'model   {n_params / 1e6:.2f}M parameters: {n_layer} layers, {n_embd} wide, {n_head} query heads, '
+    f'{n_kv_head} for keys and values, context {block_size}')
+factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch_size, 'tokens': block_size}
+product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
+say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.2g} times')
+if planned:
+    flags = ' '.join(f'--{name}={config[name]}' for name in planned)
+    say(f'plan    for {minutes:g} minutes, the same as: python train.py --dataset={dataset} {flags}')
+if saved:
+    say(f'start   from {source}, update {saved["iter_num"]}')
 else:
-    say(f'start   guessing has a loss of ln({c.vocab_size}) = {math.log(c.vocab_size):.3f} nats a token')
+    say(f'start   guessing has a loss of ln({vocab_size}) = {math.log(vocab_size):.3f} nats a token')
 if epochs > 20:
-    say(f'note    reading a text {epochs:.0f} times may learn it by heart: fewer max_iters, or --patience=3')
-if device == 'cpu' and seconds * (max_iters - step) > 3600:
-    say(f'note    this takes about {clock(seconds * (max_iters - step))}; --minutes=10 chooses a run of ten')
+    say('note    more than about 20 passes over a text overfit: fewer max_iters, or --patience=3')
 if dry_run:
-    say(f'dry run: {max_iters - step} updates would take about {clock(seconds * (max_iters - step))}, '
-        f'evaluation aside; {peak_memory()}; nothing was written')
+    say(f'dry run: {updates_left} updates would take about {clock(updates_left * trial.update)}, evaluation aside; '
+        f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
     sys.exit()
-if compile == 'true':
-    alive('compiling: a minute or so ...')
-    torch._dynamo.config.suppress_errors = True  # what can't be compiled after all runs, with torch's warning
-    model = torch.compile(model)
-if world_size > 1:
-    model = DistributedDataParallel(model, device_ids=[torch.device(device)] if device != 'cpu' else None,
-                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # ----------------------------------------------------------------------------
-# helpers
+# model and optimizer, new or from the checkpoint
+
+step, tokens_seen, elapsed = 0, 0, 0.0  # updates, tokens and seconds so far, over resumes
+val_loss, val_step, best_val_loss, best_step = math.nan, 0, math.inf, 0  # of the last evaluation, and of the best
+with plain_errors():
+    raw_model, optimizers = start_training(gpt_config, config, saved)  # raw_model is what is evaluated, sampled from and saved
+    check_model(raw_model)
+    scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
+    if resume:
+        optimizers.load_state_dict(saved['optimizer'])
+        if saved['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(saved['scaler'])
+        step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
+        val_loss, val_step = saved['val_loss'], saved.get('val_step', step)
+        best_val_loss, best_step = saved['best_val_loss'], saved['best_step']
+    if master and not eval_only:
+        folder = configurator.RunFolder(out_dir, resume, (12 if resume else 28) * n_params)  # three checkpoints
+        folder.keep_rows(lambda at, row: at < step or at == step and (not row['val_loss'] or at <= val_step))
+        if wandb_log:
+            folder.watch_with_wandb(wandb_project, wandb_run_name, config)
+saved = None  # frees its memory
+model = torch.compile(raw_model) if compile == 'true' else raw_model
+model = hardware.share_gradients(model, device)
+
+# sequences are numbered through the run: an update takes the next ones, however they are shared out
+first_row, stride = tokens_seen // block_size + rank * batch_size, world_size * batch_size
+batches = prepare.batches(data.train, first_row, batch_size, stride, block_size, seed, device)
+
+# ----------------------------------------------------------------------------
+# training: the learning rate, an evaluation, an update
 
 def learning_rate_scale(step):
     """The learning rate of update `step` (the first is 0) over its peak."""
-    last = lr_decay_iters or max_iters
-    floor = min_lr / learning_rate if learning_rate else 0.0
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     if not decay_lr:
         return 1.0
-    if lr_schedule == 'linear':
-        return max(floor, min(1.0, (last - step) / max(1, cooldown * last)))
-    done = min(1.0, (step - warmup_iters) / max(1, last - warmup_iters))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    floor = min(1.0, min_lr / learning_rate) if learning_rate else 0.0
+    return floor + (1 - floor) * SCHEDULES[lr_schedule](step, warmup_iters, lr_decay_iters or max_iters, cooldown)
 
 @torch.no_grad()
 def evaluate():
     """Mean loss per token of the validation split, each process reading its share."""
     raw_model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-    every_batch = prepare.val_batches(data.val, block_size, max(batch_size, 4096 // block_size), eval_iters)
+    loss_sum, tokens = 0.0, 0
+    rows = max(batch_size, hardware.EVALUATED // block_size)
+    every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
     for x, y in itertools.islice(every_batch, rank, None, world_size):
-        with hardware.autocast(device, dtype):
-            loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
-        n = (y != -1).sum().item()
-        total += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+        loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
+        counted = (y != -1).sum().item()
+        loss_sum += loss.item() * counted
+        tokens += counted
     raw_model.train()
-    if world_size > 1:
-        total = total.to(device, torch.float32)
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    loss_sum, tokens = hardware.mean_over_processes([loss_sum, tokens], device)
+    return loss_sum / tokens
+
+def update():
+    """One update from the next micro-batches -> its loss and gradient norm, tensors that nothing waits for."""
+    torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # dropout depends on the update alone
+    loss = torch.zeros((), device=device)
+    for micro in range(n_micro):
+        x, y = next(batches)
+        if world_size > 1:
+            model.require_backward_grad_sync = micro == n_micro - 1
+        micro_loss = model(x, y, return_logits=False)[1] / n_micro
+        scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    scaler.unscale_(optimizers)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizers)
+    scaler.update()
+    optimizers.zero_grad()
+    return loss, norm
+
+# ----------------------------------------------------------------------------
+# what the run says and leaves; only rank 0 does
 
 def bits_per_byte(loss):
     """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
     return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
 
-def state(**more):
-    """A checkpoint, with `more` in it."""
-    return dict(
-        model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config,
-        tokenizer=data.meta['tokenizer'], dataset_sha256=text_id, iter_num=step, tokens_seen=tokens_seen,
-        elapsed=elapsed + time.time() - began, val_loss=val_loss, best_val_loss=best_val_loss,
-        best_step=best_step, scaler=scaler.state_dict(), **more,
-    )
+def seconds_so_far():
+    return elapsed + time.monotonic() - began
 
-def signalled():
-    """Whether this process or another one was told to stop: all do at the same update."""
-    if world_size == 1:
-        return bool(signals)
-    votes = torch.tensor(float(bool(signals)), device=device)
-    dist.all_reduce(votes)
-    return votes.item() > 0
+def record(**columns):
+    """A row of log.csv."""
+    if master:
+        folder.log(dict(iter=step, elapsed_s=round(seconds_so_far(), 2), **columns))
+
+def save(path, **more):
+    """A checkpoint, with `more` in it."""
+    if master:
+        save_checkpoint(path, dict(
+            model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config | asked,
+            tokenizer=data.meta['tokenizer'], dataset_sha256=prepare.text_id(data), iter_num=step,
+            tokens_seen=tokens_seen, elapsed=seconds_so_far(), val_loss=val_loss, val_step=val_step,
+            best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more))
 
 def read_recent():
-    """Mean loss and last gradient norm since the last call; ends the run at the first that is not finite,
-    before anything is saved. Looking only now and then spares one GPU the wait at every update."""
-    numbers = torch.stack([torch.stack(pair) for pair in recent]).float()  # (updates, 2)
-    if world_size > 1:
-        dist.all_reduce(numbers)
-        numbers /= world_size
-    first = step - len(recent) + 1
+    """Mean loss and last gradient norm since the last call: to read only now and then spares a GPU the wait.
+    ValueError at the first that is not finite, before anything bad is saved."""
+    numbers = torch.stack([torch.stack(pair) for pair in recent]).float().tolist()  # (updates, 2)
+    numbers = hardware.mean_over_processes(numbers, device)
     recent.clear()
-    for at, (loss, norm) in enumerate(numbers.tolist(), first):
+    for at, (loss, norm) in enumerate(numbers, step + 1 - len(numbers)):
         # float16's scaler meets infinite norms while it looks for its scale; below 1 it has not found one
         good_norm = math.isfinite(norm) or scaler.is_enabled()
         if not math.isfinite(loss) or not good_norm or scaler.get_scale() < 1:
-            not_finite(at, f'loss {loss}, gradient norm {norm}')
-    return numbers[:, 0].mean().item(), numbers[-1, 1].item()
+            raise ValueError(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate {lr:.2e}): try '
+                             'a lower learning rate, more warmup_iters, or --dtype=float32')
+    return sum(loss for loss, _ in numbers) / len(numbers), numbers[-1][1]
 
-def not_finite(at, what):
+def survivors():
+    return f'{ckpt_path} is from before, and whole' if os.path.exists(ckpt_path) else 'nothing was saved yet'
+
+def draw_and_sample():
+    """Once an evaluation is saved: loss.png, and a short text if asked for."""
     if not master:
-        sys.exit(1)
-    sys.exit(f'update {at}: {what} ({dtype}, learning rate {lr:.2e}): stopped; {what_is_left()}. '
-             'Try a lower learning rate, more warmup_iters, or --dtype=float32')
-
-def log_row(train_loss, grad_norm, seconds):
-    """Print the line of an interval, whose updates took so many seconds each -> its row of log.csv."""
-    global expected
-    speed = tokens_per_update / seconds
-    mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-    say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  '
-        f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
-        f'{clock((max_iters - step) * seconds)} left')
-    if device == 'cpu' and world_size == 1 and step > first_step + 1 and seconds > 3 * expected:
-        say(f'note    updates take {seconds / expected:.0f} times as long as at the start: another program '
-            'uses the cores; if it goes on, Ctrl-C and then --resume --threads=1')
-        expected = math.inf  # say it once
-    since = elapsed + time.time() - began
-    return [step, f'{since:.2f}', f'{train_loss:.6f}', '', f'{lr:.6g}', f'{grad_norm:.4f}', f'{speed:.0f}']
-
-def write_log(row, lasting):
-    """A row of log.csv; lasting: on the disk before the checkpoint is."""
-    with open(log_path, 'a', encoding='utf-8', newline='') as file:
-        csv.writer(file).writerow(row)
-        file.flush()
-        if lasting:
-            os.fsync(file.fileno())
-    if wandb_log:
-        wandb.log({name: float(value) for name, value in zip(COLUMNS, row) if value != ''}, step=row[0])
-
-def print_sample():
-    prompt = next(prepare.val_batches(data.val, 16, 1))[0]
-    generator = torch.Generator(device).manual_seed(seed)
-    ids = raw_model.generate(prompt, 200, temperature=0.8, generator=generator)
-    print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
-
-def plot():
-    """out_dir/loss.png from log.csv, where there is matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
         return
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    with open(log_path, encoding='utf-8', newline='') as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
-    for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
-        points = [(row['elapsed_s'], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
-    size = f'{raw_model.n_params() / 1e6:.2f}M parameters'
-    title = f'{dataset}, {size}: {best_val_loss:.4f} at update {best_step}'
-    axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
-    axes.legend()
-    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=110)
-    pyplot.close(figure)
-
-def open_run():
-    """out_dir made ready: locked against other runs, an older run put aside, log.csv up to this update -> the
-    lock."""
-    os.makedirs(out_dir, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(out_dir, '.lock'))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        stop(f'another run is using {out_dir}: choose another --out_dir')
-    # ckpt.pt with the optimizer, another written aside, best.pt
-    needed, free = (12 if resume else 28) * raw_model.n_params(), shutil.disk_usage(out_dir).free
-    if needed > free:
-        stop(f'{out_dir} has {free / 2**30:.2f} GiB free, the checkpoints take about '
-             f'{needed / 2**30:.2f} GiB: free some, or choose another --out_dir')
-    older = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
-    if older and not resume:
-        number = 1
-        while os.path.exists(f'{os.path.abspath(out_dir)}-{number}'):
-            number += 1
-        aside = f'{os.path.abspath(out_dir)}-{number}'
-        os.mkdir(aside)
-        for name in older:
-            shutil.move(os.path.join(out_dir, name), aside)
-        print(f'kept    the run that was in {out_dir} is in {os.path.relpath(aside)} now')
-    rows = [COLUMNS]
-    if resume and os.path.exists(log_path):  # rows after the checkpoint, and one cut short, are made again
-        with open(log_path, encoding='utf-8', newline='') as file:
-            complete = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-        rows += [row for row in complete if int(row[0]) <= step]
-    with open(log_path + '.part', 'w', encoding='utf-8', newline='') as file:
-        csv.writer(file).writerows(rows)
-    os.replace(log_path + '.part', log_path)
-    return lock
-
-# ----------------------------------------------------------------------------
-# ready: what can fail has failed by now, and nothing of the run was written yet
+    with watching('loss.png'):
+        folder.plot(f'{dataset}, {n_params / 1e6:.2f}M parameters: {best_val_loss:.4f} at update {best_step}')
+    if sample_interval and step // eval_interval % sample_interval == 0:
+        prompt = next(prepare.val_batches(data.val, 16, 1))[0]
+        generator = torch.Generator(device).manual_seed(seed)
+        ids = raw_model.generate(prompt, 200, temperature=0.8, generator=generator)
+        print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
 
 if eval_only:
-    with last_words():
+    with plain_errors(), hardware.plain_memory_errors('try a smaller batch_size'):
         val_loss = evaluate()
     say(f'validation loss {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte')
     sys.exit()
-if master:
-    with plain_errors():
-        lock = open_run()
-if wandb_log and master:
-    try:
-        import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name or out_dir, config=config)
-    except ImportError:
-        print('wandb is not installed (pip install wandb): not logging there')
-        wandb_log = False
-
-signals = []
-
-def on_signal(number, frame):
-    signals.append(number)
-    if len(signals) > 1 and world_size == 1:  # torchrun repeats the signal
-        os._exit(128 + number)
-    if master and len(signals) == 1:
-        name = signal.Signals(number).name
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f'\n{name}: finishing this update and saving; once more stops at once\n'.encode())
-
-for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    number = getattr(signal, name, None)  # Windows has no SIGHUP
-    if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(number, on_signal)
 
 # ----------------------------------------------------------------------------
 # the loop
 
-# sequences are numbered through the run: an update takes the next ones, whichever way they are shared out
-first_row = tokens_seen // block_size + rank * batch_size
-stride = world_size * batch_size
-batches = prepare.batches(data.train, first_row, batch_size, stride, block_size, seed, device)
+signals = configurator.catch_signals(quiet=not master)
+peak_flops, _ = hardware.peak_flops(device, dtype)
 recent, stopped_early, interrupted = [], False, False
-first_step, logged_step, logged_at = step, step, time.time()
-raw_model.train()
+first_step, logged_step = step, step
+logged_at = saved_at = time.monotonic()
 gc.collect()
-gc.freeze()  # what lives until the end need not be looked through again and again
-with last_words():
-    while step < max_iters and not stopped_early and not interrupted:
+gc.freeze()  # setup objects live until exit: exempt them from garbage collection
+
+with plain_errors(survivors), hardware.plain_memory_errors('choose a smaller batch_size, or --gradient_checkpointing'):
+    while True:
+        # evaluate and save
+        if step > val_step and (step % eval_interval == 0 or step == max_iters):
+            save(ckpt_path, optimizer=optimizers.state_dict())  # first: an evaluation may outlive the process
+            progress('evaluating ...')
+            val_loss, val_step = evaluate(), step
+            if not math.isfinite(val_loss):
+                raise ValueError(f'update {step}: the validation loss is {val_loss}: try a lower learning rate')
+            record(val_loss=f'{val_loss:.6f}')
+            rising = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
+            if val_loss < best_val_loss:
+                best_val_loss, best_step, rising = val_loss, step, ''
+                save(best_path)
+            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}')
+            save(ckpt_path, optimizer=optimizers.state_dict())
+            draw_and_sample()
+            stopped_early = 0 < patience <= (step - best_step) // eval_interval
+            logged_at = saved_at = time.monotonic()
+        if step == max_iters or stopped_early or interrupted:
+            break
+
         # set the learning rate
         scale = learning_rate_scale(step)
         lr = learning_rate * scale
-        for group in optimizer.param_groups:
+        for group in optimizers.param_groups:
             group['lr'] = group['peak_lr'] * scale
 
-        # accumulate the gradients of one update
-        # dropout depends on the update alone, not on what came before
-        torch.manual_seed(seed + 1000003 * (step + 1) + rank)
-        loss = torch.zeros((), device=device)
-        for micro in range(n_micro):
-            x, y = next(batches)
-            if world_size > 1:
-                model.require_backward_grad_sync = micro == n_micro - 1
-            with hardware.autocast(device, dtype):
-                micro_loss = model(x, y, return_logits=False)[1] / n_micro
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-
-        # step
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        with hardware.autocast(device, dtype):  # Muon's products
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        # one update of the weights
+        recent.append(update())
         step += 1
         tokens_seen += tokens_per_update
-        recent.append((loss, norm))
 
         # log
-        evaluating = step % eval_interval == 0 or step == max_iters
-        interrupted = signalled() and step < max_iters
-        if not (evaluating or interrupted or step % log_interval == 0):
-            alive(f'update {step}')
+        hurry = world_size == 1 and (signals or time.monotonic() - saved_at > SAVE_SECONDS)
+        if not (hurry or step % log_interval == 0 or step % eval_interval == 0 or step == max_iters):
+            progress(f'update {step}')
             if step == first_step + 1:  # the first takes longer: it may compile
-                logged_step, logged_at = step, time.time()
+                logged_step, logged_at = step, time.monotonic()
             continue
         train_loss, grad_norm = read_recent()
-        row = log_row(train_loss, grad_norm, (time.time() - logged_at) / max(1, step - logged_step))
+        seconds = (time.monotonic() - logged_at) / max(1, step - logged_step)
+        speed = tokens_per_update / seconds
+        mfu = raw_model.flops_per_token() * speed / (peak_flops * world_size)
+        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
+            f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+            f'{clock((max_iters - step) * seconds)} left')
+        record(train_loss=f'{train_loss:.6f}', val_loss='', lr=f'{lr:.6g}', grad_norm=f'{grad_norm:.4f}',
+               tokens_per_sec=round(speed))
+        logged_step, logged_at = step, time.monotonic()
 
-        # evaluate and save
-        if evaluating:
-            alive('evaluating ...')
-            val_loss = evaluate()
-            if not math.isfinite(val_loss):
-                not_finite(step, f'validation loss {val_loss}')
-            row[3] = f'{val_loss:.6f}'
-            better, rising = val_loss < best_val_loss, ''
-            if better:
-                best_val_loss, best_step = val_loss, step
-            else:
-                rising = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
-            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}')
-            stopped_early = 0 < patience <= (step - best_step) // eval_interval
-        if master:
-            write_log(row, lasting=evaluating or interrupted)
-            if evaluating and better:
-                save_checkpoint(best_path, state())
-            if evaluating or interrupted:
-                save_checkpoint(ckpt_path, state(optimizer=optimizer.state_dict()))
-            if evaluating:
-                plot()
-            if evaluating and sample_interval and step // eval_interval % sample_interval == 0:
-                print_sample()
-        logged_step, logged_at = step, time.time()
+        # save, where the run is told to stop or the last checkpoint is old
+        votes, = hardware.mean_over_processes([len(signals)], device)
+        interrupted = votes > 0 and step < max_iters
+        if interrupted or time.monotonic() - saved_at > SAVE_SECONDS:
+            save(ckpt_path, optimizer=optimizers.state_dict())
+            saved_at = time.monotonic()
+        if interrupted:
+            break
 
 # ----------------------------------------------------------------------------
 # the end
@@ -770,18 +428,15 @@ if interrupted:
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
-    say(f'done    in {clock(elapsed + time.time() - began)}, {peak_memory()}; the best validation loss is '
-        f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
-    if val_loss > train_loss + 1:
-        say(f'note    the training loss is {train_loss:.2f}, far below validation: the model has learned the '
-            'text by heart; more text, fewer updates or --dropout=0.2 help')
+    say(f'done    in {clock(seconds_so_far())}, peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; the best '
+        f'validation loss is {best_val_loss:.4f}, of update {best_step}: {best_path}')
+    if best_step < step and val_loss > train_loss + 0.5:
+        say(f'note    the training loss is {train_loss:.2f}, far below validation: more text, fewer updates or '
+            '--dropout=0.2 help')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
     say(f'next    python sample.py{where}{prompt}')
-if world_size > 1:
-    model = batches = None  # what still holds the group when Python ends aborts now and then
-    gc.unfreeze()
-    gc.collect()
-    dist.destroy_process_group()
+model = batches = None  # they hold the processes' group
+hardware.end_processes()
 sys.exit(128 + signals[0] if interrupted and signals else 0)
