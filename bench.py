@@ -102,7 +102,7 @@ with plain_errors():  # of the data
 peak_memory = hardware.peak_memory(device)
 peak, origin = hardware.peak_flops(device, dtype)
 model, optimizer = make()
-tokens_per_sec = trial.batch_size * trial.n_micro * block_size / median(trial.updates)
+tokens_per_sec = trial.batch_size * trial.n_micro * block_size / median(trial.all_seconds)
 mfu = model.flops_per_token() * tokens_per_sec / peak
 trained = torch.compile(model) if compile == 'true' else model
 if profile:
@@ -112,7 +112,7 @@ if profile:
     print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
     sys.exit()
 ms = {part: [] for part in PARTS}
-for _ in range(len(trial.updates) + 1):
+for _ in range(len(trial.all_seconds) + 1):
     stamps = [time.perf_counter()]
     micro_batch = sequences(trial.batch_size)
     hardware.synchronize(device)
@@ -122,7 +122,7 @@ for _ in range(len(trial.updates) + 1):
         stamps.append(time.perf_counter())
     for part, (a, b) in zip(PARTS, itertools.pairwise(stamps)):
         ms[part].append(1000 * (b - a))
-ms = {part: times[1:] for part, times in ms.items()} | {'all': [1000 * seconds for seconds in trial.updates]}
+ms = {part: times[1:] for part, times in ms.items()} | {'all': [1000 * seconds for seconds in trial.all_seconds]}
 model.eval().to(getattr(torch, dtype))
 prompt = torch.randint(model_config.vocab_size, (decode_batch, block_size // 2), device=device)
 stamps = [time.perf_counter()]

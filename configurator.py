@@ -90,8 +90,9 @@ def catch_signals(quiet=False):
             os._exit(128 + number)
         if len(come) == 1 and not quiet:
             name = signal.Signals(number).name
+            again = '' if 'RANK' in os.environ else '; once more stops at once'
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, f'\n{name}: finishing this update and saving; once more stops at once\n'.encode())
+                os.write(2, f'\n{name}: finishing this update and saving{again}\n'.encode())
 
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):  # schedulers announce the end by SIGUSR1
         number = getattr(signal, name, None)  # Windows lacks some
@@ -335,11 +336,13 @@ class RunFolder:
             writer.writerows(rows)
         os.replace(f'{self.log_path}.part', self.log_path)
 
-    def keep_rows(self, wanted):
-        """Drop the rows of log.csv that the run will make again: those where wanted(iter, row) is false."""
+    def drop_rows_after(self, step, val_step):
+        """Drop the rows that a run resumed at this update, whose last evaluation was at val_step, will write
+        again."""
         columns, rows = self.rows()
+        kept = [row for row in rows if int(row['iter']) <= (val_step if row.get('val_loss') else step)]
         if columns:
-            self.rewrite(columns, [row for row in rows if wanted(int(row['iter']), row)])
+            self.rewrite(columns, kept)
 
     def watch_with_wandb(self, project, name, config):
         """Log to Weights & Biases, too; a resumed run continues there."""

@@ -36,7 +36,7 @@ PEAKS = {
 }
 
 READINGS = 6  # of a text in a planned run; more overfit
-EVALUATED = 4096  # tokens in a batch of an evaluation, or those of a micro-batch if these are more
+EVALUATION_TOKENS = 4096  # in a batch of an evaluation; more if a micro-batch is larger
 TRIAL_SECONDS = 20  # a trial makes no further update after so long
 CGROUP = '/sys/fs/cgroup'  # Linux's limits for this container
 INSTALL = 'the Get Started page of pytorch.org has the pip line of a PyTorch for it'
@@ -386,8 +386,8 @@ def update_in_parts(model, optimizer, micro_batches):
 def fit(make, sequences, config, n_micro, rounds=3):
     """Try updates, and a batch of an evaluation, on throwaway models: make() -> (model, optimizer),
     sequences(n) -> x, y. In a single process the micro-batches are halved where memory runs out.
-    -> batch_size, n_micro, seconds of each update (updates), the least of them (update), and seconds of an
-    evaluated token."""
+    -> what fits (batch_size, n_micro), seconds of each update (all_seconds), the least of them (seconds), and
+    seconds_per_evaluated_token."""
     batch_size, device, compiled = config['batch_size'], config['device'], config['compile'] == 'true'
     while True:
         try:
@@ -407,27 +407,27 @@ def try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds):
     model, optimizer = make()
     trained = torch.compile(model) if compiled else model
     micro_batches = [sequences(batch_size)] * min(n_micro, 2)  # more of them take no more memory
-    updates, began = [], time.perf_counter()
-    while len(updates) < rounds and time.perf_counter() - began < TRIAL_SECONDS:
+    seconds, began = [], time.perf_counter()
+    while len(seconds) < rounds and time.perf_counter() - began < TRIAL_SECONDS:
         start = time.perf_counter()
         for _ in update_in_parts(trained, optimizer, micro_batches):
             pass
         synchronize(device)
-        updates.append((time.perf_counter() - start) * n_micro / len(micro_batches))
-    x, y = sequences(max(batch_size, EVALUATED // micro_batches[0][0].size(1)))
+        seconds.append((time.perf_counter() - start) * n_micro / len(micro_batches))
+    all_seconds = seconds[1:] or seconds  # the first warms up
+    x, y = sequences(max(batch_size, EVALUATION_TOKENS // micro_batches[0][0].size(1)))
     model.eval()
     start = time.perf_counter()
     with torch.no_grad():
         model(x, y, return_logits=False)
     synchronize(device)
     evaluated_token = (time.perf_counter() - start) / x.numel()
-    updates = updates[1:] or updates  # the first warms up
-    update, evaluated_token = mean_over_processes([min(updates, default=0.0), evaluated_token], device)
-    return SimpleNamespace(batch_size=batch_size, n_micro=n_micro, updates=updates, update=update,
-                           evaluated_token=evaluated_token)
+    least, evaluated_token = mean_over_processes([min(all_seconds, default=0.0), evaluated_token], device)
+    return SimpleNamespace(batch_size=batch_size, n_micro=n_micro, all_seconds=all_seconds, seconds=least,
+                           seconds_per_evaluated_token=evaluated_token)
 
-def accumulation(config, world_size):
-    """How many micro-batches of config make an update; sets its tokens_per_update. ValueError where they do
+def set_accumulation(config, world_size):
+    """Set config's tokens_per_update, if it is 0 -> the number of micro-batches in an update. ValueError if they do
     not divide it."""
     micro_tokens = config['batch_size'] * config['block_size'] * world_size
     wanted = config['tokens_per_update'] or micro_tokens
@@ -456,11 +456,11 @@ def choose_compile(wish, device, seconds):
         problem = compile_problem(device)
     return 'false' if problem or wish == 'false' else 'true', problem
 
-def plan(seconds, n_tokens, vocab_size, device, dtype):
-    """The settings of a run of so many seconds on a text of n_tokens. Measured for half a minute to ten
-    minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
-    no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
-    operations = 0.3 * measure_flops(device, dtype) * seconds
+def plan(config, n_tokens, vocab_size):
+    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten minutes
+    on two cores: best are about as many parameters as tokens that are read, 6 operations each, and no dropout.
+    (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
+    operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
     n_params = min((operations / 6) ** 0.5, READINGS * n_tokens)
     n_layer = 2
     while 12 * n_layer * (64 * n_layer) ** 2 + vocab_size * 64 * n_layer < n_params:
@@ -474,12 +474,12 @@ def plan(seconds, n_tokens, vocab_size, device, dtype):
         batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10, eval_iters=25)
 
 def plan_length(seconds, trial, config, n_train, n_val):
-    """max_iters and eval_interval for so many seconds, and at most READINGS passes over the text."""
+    """max_iters and eval_interval for the seconds that are left, and at most READINGS passes over the text."""
     evaluations = max(1, min(4, int(config['minutes'])))
-    rows = max(trial.batch_size, EVALUATED // config['block_size'])
-    evaluated = min(n_val, (config['eval_iters'] or n_val) * rows * config['block_size'])
-    left = seconds - evaluations * evaluated * trial.evaluated_token - 1
-    affordable = int(left / (1.07 * trial.update))  # what the loop adds to a trial
+    rows = max(trial.batch_size, EVALUATION_TOKENS // config['block_size'])
+    tokens = min(n_val, (config['eval_iters'] or n_val) * rows * config['block_size'])  # in an evaluation
+    left = seconds - evaluations * tokens * trial.seconds_per_evaluated_token - 1
+    affordable = int(left / (1.07 * trial.seconds))  # what the loop adds to a trial
     max_iters = max(1, min(affordable, READINGS * n_train // config['tokens_per_update']))
     return dict(max_iters=max_iters, eval_interval=math.ceil(max_iters / evaluations))
 

@@ -2,7 +2,7 @@
 
     python model.py        # check each variant: training, evaluation and sampling must agree
 
-Every formula stands here once. The last section is optimization only; you can skip it.
+Each formula is written once, attention's fast kernels aside. The last section is optimization only; you can skip it.
 """
 import functools
 import math
@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import timeit
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -305,7 +306,7 @@ class GPT(nn.Module):
         def draw(logits):  # (B, 1, vocab_size) -> (B,)
             return sample(logits[:, -1], temperature, top_k, top_p, generator)
 
-        step = captured(lambda ids: draw(self(ids[:, None], cache=cache)[0]), device, generator)
+        step = captured(lambda ids: draw(self(ids[:, None], cache=cache)[0]), device, generator=generator)
         was_training = self.training
         self.eval()
         try:
@@ -433,41 +434,6 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 # ----------------------------------------------------------------------------
-# The model checks itself
-
-def check_model(model):
-    """ValueError if training, evaluation, sampling with the cache, or the model without its fast paths give
-    different logits for one random batch: a change of the model that is not true everywhere. Dropout is off,
-    and the arithmetic is that of the weights."""
-    global FAST
-    weight, c = model.embedding.weight, model.config
-    ids = torch.randint(c.vocab_size, (2, min(8, c.block_size)), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(weight.device)
-    before = model.training, model.compute_dtype, FAST
-    model.compute_dtype = None
-    model.eval()
-    try:
-        trained = model(ids, ids)[0].detach()
-        with torch.no_grad():
-            evaluated = model(ids, ids)[0]
-            cache = KVCache(c.block_size, ids.device)
-            sampled = torch.cat([model(part, cache=cache)[0] for part in ids.split(1, dim=1)], dim=1)
-            FAST = False
-            slow = model(ids, ids)[0]
-    finally:
-        model.train(before[0])
-        model.compute_dtype, FAST = before[1:]
-    exact = weight.dtype == torch.float32 and weight.is_cpu  # a GPU may multiply float32 in TF32
-    for what, logits, advice in (
-        ('evaluation', evaluated, 'does something depend on whether there are gradients?'),
-        ('sampling', sampled, 'does something look at other positions, or depend on the length of the text?'),
-        ('the model with FAST = False', slow, "a fast path in model.py's last section still has the old formula"),
-    ):
-        difference = (logits - trained).abs().max().item()
-        if not difference <= (1e-3 if exact else 0.05) * trained.abs().max().item():
-            raise ValueError(f'{what} differs from training by {difference:.2g} in a logit: {advice}')
-
-# ----------------------------------------------------------------------------
 # Optimizers and schedules
 
 def inverse_root(gram):
@@ -519,7 +485,7 @@ class Muon(torch.optim.Optimizer):
         change = root @ x if rows <= columns else x @ root
         change = change.to(params[0].dtype).view(len(params), *params[0].shape)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, change.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
+        torch._foreach_sub_(params, (change * (lr * max(1, rows / columns) ** 0.5)).unbind())
 
 def hidden_and_other(model):
     """The weights of the blocks' linear layers, and every other parameter, whatever its shape."""
@@ -554,6 +520,20 @@ class Optimizers:
     def param_groups(self):
         return [group for part in self.parts for group in part.param_groups]
 
+    @property
+    def capturable(self):
+        """Whether a step may be a CUDA graph: it must not depend on numbers that Python changes."""
+        return all(group.get('capturable') for group in self.param_groups)
+
+    def scale_learning_rates(self, scale):
+        """Set each group's learning rate to this share of its peak_lr. It stays the same tensor, if it is one,
+        because a CUDA graph reads it."""
+        for group in self.param_groups:
+            if torch.is_tensor(group['lr']):
+                group['lr'].fill_(group['peak_lr'] * scale)
+            else:
+                group['lr'] = group['peak_lr'] * scale
+
     def step(self):
         for part in self.parts:
             part.step()
@@ -586,6 +566,7 @@ def make_optimizer(model, settings):
     optimizer = Optimizers(OPTIMIZERS[settings['optimizer']](model, settings))
     for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
+    make_capturable(optimizer, model.embedding.weight.device)
     times = Counter(p for group in optimizer.param_groups for p in group['params'])
     for name, p in model.named_parameters():
         if times[p] != 1:
@@ -707,13 +688,52 @@ def check_continues(saved, source, config, meta, data_id):
         raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {again}')
     if saved['config'].get('optimizer') != config['optimizer']:
         raise ValueError(f'{source} was made by another optimizer: {again}')
+    if 'val_step' not in saved:
+        raise ValueError(f'{source} is of an earlier version of this program: {again}')
     if saved['dataset_sha256'] != data_id:
         raise ValueError(f'data/{config["dataset"]} is not what {source} was trained on (another sha256): {again}')
-    made, stale = saved['iter_num'], saved['iter_num'] - saved['best_step']
-    if made >= config['max_iters'] and not config['eval_only']:
+    made, evaluated = saved['iter_num'], saved['iter_num'] == saved['val_step']
+    if made >= config['max_iters'] and evaluated and not config['eval_only']:
         raise ValueError(f'already finished ({made} of {config["max_iters"]} updates): raise --max_iters to continue')
-    if 0 < config['patience'] <= stale // config['eval_interval'] and not config['eval_only']:
+    if 0 < config['patience'] <= saved['evals_since_best'] and not config['eval_only']:
         raise ValueError(f'{source} stopped at update {made}, out of patience: --patience=0 continues')
+
+# ----------------------------------------------------------------------------
+# The model checks itself
+
+def check_model(model):
+    """ValueError if training, evaluation, sampling with the cache, and the model without its fast paths do not
+    agree on a random batch, as after a change in one path but not in the others. Dropout is off, and the
+    arithmetic is that of the weights."""
+    global FAST
+    weight, c = model.embedding.weight, model.config
+    ids = torch.randint(c.vocab_size, (2, min(8, c.block_size)), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(weight.device)
+    before = model.training, model.compute_dtype, FAST
+    model.compute_dtype = None
+    model.eval()
+    try:
+        expected, expected_loss = (x.detach() for x in model(ids, ids))
+        with torch.no_grad():
+            evaluated = model(ids, ids)[0]
+            loss = model(ids, ids, return_logits=False)[1]
+            cache = KVCache(c.block_size, ids.device)
+            sampled = torch.cat([model(part, cache=cache)[0] for part in ids.split(1, dim=1)], dim=1)
+            FAST = False
+            slow = model(ids, ids)[0]
+    finally:
+        model.train(before[0])
+        model.compute_dtype, FAST = before[1:]
+    exact = weight.dtype == torch.float32 and weight.is_cpu  # a GPU may multiply float32 in TF32
+    for what, found, wanted, advice in (
+        ('the loss without logits', loss, expected_loss, 'GPT.forward computes it in two places'),
+        ('evaluation', evaluated, expected, 'does something depend on whether there are gradients?'),
+        ('sampling', sampled, expected, 'does something look at other positions, or at the length of the text?'),
+        ('the model with FAST = False', slow, expected, 'a fast path in the last section has the old formula'),
+    ):
+        difference = (found - wanted).abs().max().item()
+        if not difference <= (1e-3 if exact else 0.05) * wanted.abs().max().item():
+            raise ValueError(f'{what} differs from training by {difference:.2g}: {advice}')
 
 # ----------------------------------------------------------------------------
 # Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the
@@ -814,13 +834,21 @@ def fast_layout(model, by_columns):
 def uses_graph(device):
     return FAST and device.type == 'cuda'
 
-def captured(function, device, generator=None):
+def make_capturable(optimizer, device):
+    """On CUDA: learning rates, and AdamW's counts of steps, as tensors, which a graph reads anew."""
+    for part in optimizer.parts:
+        if uses_graph(device) and isinstance(part, (Muon, torch.optim.AdamW)):
+            for group in part.param_groups:
+                group.update(capturable=True, lr=torch.tensor(group['lr'], device=device))
+
+def captured(function, device, allowed=True, generator=None):
     """On CUDA: a function of tensors, of the same shapes in every call, as a graph: one launch instead of
-    hundreds. Its results are overwritten by the next call. generator: the one that it draws from."""
-    return Graph(function, generator) if uses_graph(device) else function
+    hundreds. The next call overwrites its results. generator: one of its own that it draws from."""
+    return Graph(function, generator) if allowed and uses_graph(device) else function
 
 class Graph:
-    """Three real calls warm up; the fourth is captured; from then on it is replayed."""
+    """Three real calls warm up; the fourth is recorded, and from then on replayed. Where that is impossible, a
+    warning says why, and all calls are real."""
 
     def __init__(self, function, generator):
         self.function, self.generator = function, generator
@@ -828,12 +856,10 @@ class Graph:
 
     def __call__(self, *inputs):
         self.calls += 1
-        if self.calls <= 3 or self.graph is False:
-            return self.function(*inputs)
-        if self.graph is None:
+        if self.calls == 4:
             self.capture(inputs)
-            if self.graph is False:
-                return self.function(*inputs)
+        if self.graph is None:
+            return self.function(*inputs)
         for kept, new in zip(self.inputs, inputs):
             kept.copy_(new)
         self.graph.replay()
@@ -842,11 +868,14 @@ class Graph:
     def capture(self, inputs):
         self.inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
-            graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads may prepare batches
-            self.results = self.function(*self.inputs)
-        self.graph = graph
+        try:
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread reads batches
+                self.results = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            warnings.warn(f'no CUDA graph, which would be faster: {str(error)[:200]}')
 
 # ----------------------------------------------------------------------------
 

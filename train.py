@@ -30,8 +30,8 @@ import configurator
 import hardware
 import prepare
 from configurator import clock, configure, plain_errors, progress, watching
-from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
-                   load_checkpoint, presets, save_checkpoint, start_training)
+from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, captured, check_continues, check_model, config_from,
+                   load_checkpoint, presets, save_checkpoint, start_training, uses_graph)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
@@ -95,7 +95,7 @@ ALLOWED = dict(
 SAVE_SECONDS = 300  # no checkpoint gets older, whatever eval_interval is
 
 # ----------------------------------------------------------------------------
-# settle the settings; until globals().update(config) they are config['name']
+# resolve the settings. Until globals().update(config) read config['name']: plain names still hold the defaults
 
 configurator.set_up_output()
 config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
@@ -119,75 +119,79 @@ with plain_errors():
         print('no arguments: five minutes of Shakespeare, as --minutes=5 plans them; --help lists the settings')
         config.update(minutes=5.0, offline_dataset='pydoc')
 
-    # below config files and flags: a preset, or the checkpoint that is resumed or started from
-    saved, source, base = None, '', {}
+    # the layer below config files and flags: a preset, or the checkpoint that is resumed or started from
+    checkpoint, source, base = None, '', {}
     ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
-    if 'RANK' in os.environ:  # torchrun's restart is the same command, so that the first start has --resume, too
+    if 'RANK' in os.environ:  # torchrun restarts with the same command, so even the first start has --resume
         if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
             raise ValueError('torchrun --max_restarts needs train.py --resume: a restart would begin from nothing')
         config['resume'] = given['resume'] = config['resume'] and os.path.exists(ckpt_path)
     if config['resume']:
-        source, saved = ckpt_path, load_checkpoint(ckpt_path)
-        this_call = dict(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
-        base = {name: value for name, value in saved['config'].items() if name in config} | this_call
+        source, checkpoint = ckpt_path, load_checkpoint(ckpt_path)
+        base = {name: value for name, value in checkpoint['config'].items() if name in config}
+        base.update(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
     elif config['init_from']:
-        source, saved = config['init_from'], load_checkpoint(config['init_from'])
-        base = {**saved['model_config'], 'block_size': min(512, saved['model_config']['block_size'])}
+        source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
+        base = {**checkpoint['model_config'], 'block_size': min(512, checkpoint['model_config']['block_size'])}
     elif config['model_preset']:
         base = {**presets[config['model_preset']], 'vocab_size': 0}
+    if checkpoint and given.get('model_preset'):
+        raise ValueError(f'--model_preset is for new models: {source} has its own shape')
     config |= base | given
 
-    # device and processes
-    asked = dict(device=config['device'], dtype=config['dtype'])
-    rank, world_size, device = hardware.start_processes(hardware.pick_device(config['device']))
-    config.update(device=device, dtype=hardware.pick_dtype(device, config['dtype']),
-                  threads=hardware.set_up(device, config['threads']))
+    # device, processes, data
+    asked = dict(device=config['device'], dtype=config['dtype'])  # what a resumed run starts from
+    rank, world_size, config['device'] = hardware.start_processes(hardware.pick_device(config['device']))
+    config['dtype'] = hardware.pick_dtype(config['device'], config['dtype'])
+    config['threads'] = hardware.set_up(config['device'], config['threads'])
     master = rank == 0
     say = print if master else lambda *_: None
-
-    # data
     if master and not config['dry_run']:
         config['dataset'] = prepare.fetch(config['dataset'], config['offline_dataset'])
-    config['dataset'], updates_made = hardware.from_rank_0((config['dataset'], saved and saved['iter_num']))
-    if saved and saved['iter_num'] != updates_made:
-        raise ValueError(f'{source} differs between machines: all need the same out_dir')
+    updates_made = checkpoint and checkpoint['iter_num']
+    config['dataset'], updates_of_rank_0 = hardware.from_rank_0((config['dataset'], updates_made))
+    if updates_made != updates_of_rank_0:
+        raise ValueError(f'{ckpt_path} differs between machines: all need the same out_dir')
     data = prepare.load_dataset(config['dataset'])
 
-    # plan
+    # plan: what --minutes decides, unless it is given
     planned = {}
-    if config['minutes'] and saved:
-        say(f'note    --minutes plans a new run: the one from {source} keeps its max_iters')
-    elif config['minutes']:
-        planned = hardware.plan(60 * config['minutes'], len(data.train), data.meta['vocab_size'], device,
-                                config['dtype'])
-        config |= planned | base | given
-    if {'n_layer', 'n_head', 'n_embd'} & given.keys() and 'n_kv_head' not in given and not saved:
-        config['n_kv_head'] = 0  # a preset's or a plan's suits their own heads only
-    vocab_size = saved['model_config']['vocab_size'] if saved else data.meta['vocab_size']
-    gpt_config = config_from(config, vocab_size=config['vocab_size'] or vocab_size)
-    config.update(asdict(gpt_config))
-    if saved:
-        check_continues(saved, source, config, data.meta, prepare.text_id(data))
+    if config['minutes'] and checkpoint:
+        say(f'note    --minutes plans new models: this run starts from {source}, and max_iters is its length')
+    elif config['minutes'] and not config['eval_only']:
+        planned = hardware.from_rank_0(hardware.plan(config, len(data.train), data.meta['vocab_size']))
+        planned = {name: value for name, value in planned.items() if name not in base | given}
+        config |= planned
+    if {'n_layer', 'n_head', 'n_embd'} & given.keys() and 'n_kv_head' not in given and not checkpoint:
+        config['n_kv_head'] = 0  # the n_kv_head of a preset or a plan may not divide another n_head
+    default_vocab_size = checkpoint['model_config']['vocab_size'] if checkpoint else data.meta['vocab_size']
+    gpt_config = config_from(config, vocab_size=config['vocab_size'] or default_vocab_size)
+    config |= asdict(gpt_config)
+    if checkpoint:
+        check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
     with torch.device('meta'):
         n_params = GPT(gpt_config).n_params()
-    hardware.check_memory(device, n_params)
-    n_micro = hardware.accumulation(config, world_size)
+    hardware.check_memory(config['device'], n_params)
+    n_micro = hardware.set_accumulation(config, world_size)
 
-    # trial
+    # trial: the batch size that fits, and the time of an update
+    def start():
+        return start_training(gpt_config, config, checkpoint)
+
     def sequences(n):
         return next(prepare.batches(data.train, 0, n, n, config['block_size'], config['seed'], config['device']))
 
-    rounds = 0 if config['eval_only'] else 3
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
-        trial = hardware.fit(lambda: start_training(gpt_config, config, saved), sequences, config, n_micro, rounds)
+        trial = hardware.fit(start, sequences, config, n_micro, rounds=0 if config['eval_only'] else 3)
     config['batch_size'], n_micro = trial.batch_size, trial.n_micro
     if planned:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
-        planned |= hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
-        config |= planned | base | given
-    updates_left = config['max_iters'] - (saved['iter_num'] if config['resume'] else 0)
-    config['compile'], reason = hardware.choose_compile(config['compile'], device, updates_left * trial.update)
+        length = hardware.from_rank_0(hardware.plan_length(seconds, trial, config, len(data.train), len(data.val)))
+        planned |= {name: value for name, value in length.items() if name not in given}
+        config |= planned | {'batch_size': trial.batch_size}
+    seconds_left = trial.seconds * (config['max_iters'] - (updates_made if config['resume'] else 0))
+    config['compile'], reason = hardware.choose_compile(config['compile'], config['device'], seconds_left)
 
 globals().update(config)  # from here on no setting changes
 engine = f'not compiled ({reason})' if reason else 'compiled' if compile == 'true' else 'not compiled'
@@ -201,41 +205,45 @@ factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch
 product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
 say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.2g} times')
 if planned:
-    flags = ' '.join(f'--{name}={config[name]}' for name in planned)
-    say(f'plan    for {minutes:g} minutes, the same as: python train.py --dataset={dataset} {flags}')
-if saved:
-    say(f'start   from {source}, update {saved["iter_num"]}')
+    flags = [f'--{name}={config[name]}' for name in dict.fromkeys(['dataset', *planned, *given]) if name != 'minutes']
+    say(f'plan    for {minutes:g} minutes, the same as: python train.py {shlex.join(flags)}')
+if checkpoint:
+    say(f'start   from {source}, update {updates_made}')
 else:
     say(f'start   guessing has a loss of ln({vocab_size}) = {math.log(vocab_size):.3f} nats a token')
 if epochs > 20:
     say('note    more than about 20 passes over a text overfit: fewer max_iters, or --patience=3')
 if dry_run:
-    say(f'dry run: {updates_left} updates would take about {clock(updates_left * trial.update)}, evaluation aside; '
-        f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
+    say(f'dry run: the run would take about {clock(seconds_left)}, evaluation aside; peak memory '
+        f'{hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
+    hardware.end_processes()
     sys.exit()
 
 # ----------------------------------------------------------------------------
 # model and optimizer, new or from the checkpoint
 
-step, tokens_seen, elapsed = 0, 0, 0.0  # updates, tokens and seconds so far, over resumes
-val_loss, val_step, best_val_loss, best_step = math.nan, 0, math.inf, 0  # of the last evaluation, and of the best
-with plain_errors():
-    raw_model, optimizers = start_training(gpt_config, config, saved)  # raw_model is what is evaluated, sampled from and saved
+step, tokens_seen, seconds_before = 0, 0, 0.0  # updates, tokens and seconds of earlier calls of this run
+val_loss, val_step = math.nan, 0  # of the last evaluation
+best_val_loss, best_step, evals_since_best = math.inf, 0, 0
+with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
+    raw_model, optimizers = start()  # raw_model is what is evaluated, sampled from and saved
     check_model(raw_model)
     scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
     if resume:
-        optimizers.load_state_dict(saved['optimizer'])
-        if saved['scaler'] and scaler.is_enabled():
-            scaler.load_state_dict(saved['scaler'])
-        step, tokens_seen, elapsed = saved['iter_num'], saved['tokens_seen'], saved['elapsed']
-        val_loss, val_step = saved['val_loss'], saved.get('val_step', step)
-        best_val_loss, best_step = saved['best_val_loss'], saved['best_step']
+        optimizers.load_state_dict(checkpoint['optimizer'])
+        if checkpoint['scaler'] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint['scaler'])
+        step, tokens_seen, seconds_before = (checkpoint[name] for name in ('iter_num', 'tokens_seen', 'elapsed'))
+        val_loss, val_step = checkpoint['val_loss'], checkpoint['val_step']
+        best_val_loss, best_step = checkpoint['best_val_loss'], checkpoint['best_step']
+        evals_since_best = checkpoint['evals_since_best']
     if master and not eval_only:
-        folder = configurator.RunFolder(out_dir, resume, (12 if resume else 28) * n_params)  # three checkpoints
-        folder.keep_rows(lambda at, row: at < step or at == step and (not row['val_loss'] or at <= val_step))
+        # bytes: best.pt, ckpt.pt with the optimizer, and another ckpt.pt written aside
+        folder = configurator.RunFolder(out_dir, resume, bytes_needed=(12 if resume else 28) * n_params)
+        folder.drop_rows_after(step, val_step)
         if wandb_log:
             folder.watch_with_wandb(wandb_project, wandb_run_name, config)
-saved = None  # frees its memory
+checkpoint = None  # frees its memory
 model = torch.compile(raw_model) if compile == 'true' else raw_model
 model = hardware.share_gradients(model, device)
 
@@ -260,7 +268,7 @@ def evaluate():
     """Mean loss per token of the validation split, each process reading its share."""
     raw_model.eval()
     loss_sum, tokens = 0.0, 0
-    rows = max(batch_size, hardware.EVALUATED // block_size)
+    rows = max(batch_size, hardware.EVALUATION_TOKENS // block_size)
     every_batch = prepare.val_batches(data.val, block_size, rows, eval_iters)
     for x, y in itertools.islice(every_batch, rank, None, world_size):
         loss = raw_model(x.to(device), y.to(device), return_logits=False)[1]
@@ -271,23 +279,35 @@ def evaluate():
     loss_sum, tokens = hardware.mean_over_processes([loss_sum, tokens], device)
     return loss_sum / tokens
 
-def update():
-    """One update from the next micro-batches -> its loss and gradient norm, tensors that nothing waits for."""
-    torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # dropout depends on the update alone
-    loss = torch.zeros((), device=device)
-    for micro in range(n_micro):
-        x, y = next(batches)
-        if world_size > 1:
-            model.require_backward_grad_sync = micro == n_micro - 1
-        micro_loss = model(x, y, return_logits=False)[1] / n_micro
-        scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
+def add_gradients(x, y):
+    """Add one micro-batch's gradients -> its share of the update's loss."""
+    loss = model(x, y, return_logits=False)[1] / n_micro
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+def take_step():
+    """Clip the gradients, step, zero them -> their norm."""
     scaler.unscale_(optimizers)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizers)
     scaler.update()
-    optimizers.zero_grad()
-    return loss, norm
+    optimizers.zero_grad(set_to_none=not graphs)
+    return norm
+
+# On one GPU, where nothing is compiled, both become CUDA graphs, which need gradients that stay where they are.
+graphs = uses_graph(torch.device(device)) and compile == 'false' and world_size == 1 and dtype != 'float16'
+add_gradients = captured(add_gradients, torch.device(device), graphs and not gradient_checkpointing)
+take_step = captured(take_step, torch.device(device), graphs and optimizers.capturable)
+
+def update():
+    """One update from the next micro-batches -> its loss and gradient norm, as tensors: no wait for the GPU."""
+    torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
+    loss = torch.zeros((), device=device)
+    for micro in range(n_micro):
+        if world_size > 1:
+            model.require_backward_grad_sync = micro == n_micro - 1
+        loss += add_gradients(*next(batches))
+    return loss, take_step().clone()
 
 # ----------------------------------------------------------------------------
 # what the run says and leaves; only rank 0 does
@@ -297,7 +317,7 @@ def bits_per_byte(loss):
     return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
 
 def seconds_so_far():
-    return elapsed + time.monotonic() - began
+    return seconds_before + time.monotonic() - began
 
 def record(**columns):
     """A row of log.csv."""
@@ -311,16 +331,17 @@ def save(path, **more):
             model=raw_model.state_dict(), model_config=asdict(gpt_config), config=config | asked,
             tokenizer=data.meta['tokenizer'], dataset_sha256=prepare.text_id(data), iter_num=step,
             tokens_seen=tokens_seen, elapsed=seconds_so_far(), val_loss=val_loss, val_step=val_step,
-            best_val_loss=best_val_loss, best_step=best_step, scaler=scaler.state_dict(), **more))
+            best_val_loss=best_val_loss, best_step=best_step, evals_since_best=evals_since_best,
+            scaler=scaler.state_dict(), **more))
 
 def read_recent():
-    """Mean loss and last gradient norm since the last call: to read only now and then spares a GPU the wait.
-    ValueError at the first that is not finite, before anything bad is saved."""
+    """Mean loss and last gradient norm since the last call. Reading waits for the GPU, so several are read at
+    once. ValueError at the first that is not finite, before these weights are saved."""
     numbers = torch.stack([torch.stack(pair) for pair in recent]).float().tolist()  # (updates, 2)
     numbers = hardware.mean_over_processes(numbers, device)
     recent.clear()
     for at, (loss, norm) in enumerate(numbers, step + 1 - len(numbers)):
-        # float16's scaler meets infinite norms while it looks for its scale; below 1 it has not found one
+        # float16's scaler meets infinite norms while it looks for its scale; a scale below 1 has failed
         good_norm = math.isfinite(norm) or scaler.is_enabled()
         if not math.isfinite(loss) or not good_norm or scaler.get_scale() < 1:
             raise ValueError(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate {lr:.2e}): try '
@@ -328,7 +349,7 @@ def read_recent():
     return sum(loss for loss, _ in numbers) / len(numbers), numbers[-1][1]
 
 def survivors():
-    return f'{ckpt_path} is from before, and whole' if os.path.exists(ckpt_path) else 'nothing was saved yet'
+    return f'{ckpt_path} holds the last update saved' if os.path.exists(ckpt_path) else 'nothing was saved yet'
 
 def draw_and_sample():
     """Once an evaluation is saved: loss.png, and a short text if asked for."""
@@ -346,46 +367,48 @@ if eval_only:
     with plain_errors(), hardware.plain_memory_errors('try a smaller batch_size'):
         val_loss = evaluate()
     say(f'validation loss {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte')
+    hardware.end_processes()
     sys.exit()
 
 # ----------------------------------------------------------------------------
 # the loop
 
 signals = configurator.catch_signals(quiet=not master)
-peak_flops, _ = hardware.peak_flops(device, dtype)
-recent, stopped_early, interrupted = [], False, False
-first_step, logged_step = step, step
+peak, _ = hardware.peak_flops(device, dtype)
+recent, train_loss, stopped_early, interrupted = [], math.nan, False, False
+first_step = logged_step = step
 logged_at = saved_at = time.monotonic()
 gc.collect()
 gc.freeze()  # setup objects live until exit: exempt them from garbage collection
 
-with plain_errors(survivors), hardware.plain_memory_errors('choose a smaller batch_size, or --gradient_checkpointing'):
-    while True:
-        # evaluate and save
+with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_size, or --gradient_checkpointing'):
+    while not interrupted:
+        # save and evaluate
         if step > val_step and (step % eval_interval == 0 or step == max_iters):
-            save(ckpt_path, optimizer=optimizers.state_dict())  # first: an evaluation may outlive the process
+            save(ckpt_path, optimizer=optimizers.state_dict())  # first: the process may be killed meanwhile
             progress('evaluating ...')
             val_loss, val_step = evaluate(), step
             if not math.isfinite(val_loss):
                 raise ValueError(f'update {step}: the validation loss is {val_loss}: try a lower learning rate')
             record(val_loss=f'{val_loss:.6f}')
-            rising = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
             if val_loss < best_val_loss:
-                best_val_loss, best_step, rising = val_loss, step, ''
+                best_val_loss, best_step, evals_since_best, note = val_loss, step, 0, ''
                 save(best_path)
-            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{rising}')
+            else:
+                evals_since_best += 1
+                note = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
+            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{note}')
             save(ckpt_path, optimizer=optimizers.state_dict())
             draw_and_sample()
-            stopped_early = 0 < patience <= (step - best_step) // eval_interval
+            stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
-        if step == max_iters or stopped_early or interrupted:
+        if step == max_iters or stopped_early:
             break
 
         # set the learning rate
         scale = learning_rate_scale(step)
         lr = learning_rate * scale
-        for group in optimizers.param_groups:
-            group['lr'] = group['peak_lr'] * scale
+        optimizers.scale_learning_rates(scale)
 
         # one update of the weights
         recent.append(update())
@@ -400,9 +423,9 @@ with plain_errors(survivors), hardware.plain_memory_errors('choose a smaller bat
                 logged_step, logged_at = step, time.monotonic()
             continue
         train_loss, grad_norm = read_recent()
-        seconds = (time.monotonic() - logged_at) / max(1, step - logged_step)
+        seconds = (time.monotonic() - logged_at) / (step - logged_step)
         speed = tokens_per_update / seconds
-        mfu = raw_model.flops_per_token() * speed / (peak_flops * world_size)
+        mfu = raw_model.flops_per_token() * speed / (peak * world_size)
         say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
             f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left')
@@ -410,14 +433,11 @@ with plain_errors(survivors), hardware.plain_memory_errors('choose a smaller bat
                tokens_per_sec=round(speed))
         logged_step, logged_at = step, time.monotonic()
 
-        # save, where the run is told to stop or the last checkpoint is old
-        votes, = hardware.mean_over_processes([len(signals)], device)
-        interrupted = votes > 0 and step < max_iters
+        # save, if the run is told to stop or the last checkpoint is old
+        interrupted = hardware.mean_over_processes([len(signals)], device)[0] > 0 and step < max_iters
         if interrupted or time.monotonic() - saved_at > SAVE_SECONDS:
             save(ckpt_path, optimizer=optimizers.state_dict())
             saved_at = time.monotonic()
-        if interrupted:
-            break
 
 # ----------------------------------------------------------------------------
 # the end
@@ -437,6 +457,6 @@ else:
         say('        (with matplotlib installed a run also draws loss.png)')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
     say(f'next    python sample.py{where}{prompt}')
-model = batches = None  # they hold the processes' group
+model = None  # it holds the process group
 hardware.end_processes()
 sys.exit(128 + signals[0] if interrupted and signals else 0)
