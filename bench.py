@@ -37,8 +37,8 @@ report = False  # print a table of several models on this machine
 PARTS = ('data', 'forward', 'backward', 'optimizer')  # of an update
 ONE_OR_MORE = (1, 10**9)
 ALLOWED = dict(
-    model_preset=('', *presets), optimizer=OPTIMIZERS, compile=('auto', 'true', 'false'), batch_size=ONE_OR_MORE,
-    updates=ONE_OR_MORE, decode_batch=ONE_OR_MORE, decode_tokens=ONE_OR_MORE)
+    model_preset=('', *presets), optimizer=OPTIMIZERS, compile=('auto', 'true', 'false'),
+    batch_size=ONE_OR_MORE, updates=ONE_OR_MORE, decode_batch=ONE_OR_MORE, decode_tokens=ONE_OR_MORE)
 
 def print_report():
     """The table. Each row is measured in a process of its own, so that its peak memory is its own."""
@@ -66,7 +66,8 @@ def print_report():
               f'| {f["bandwidth_share"]:.0%} |')
 
 set_up_output()
-config, given = configure(GPTConfig, os.path.join(os.path.dirname(__file__), 'train.py'), __file__, allowed=ALLOWED)
+train_script = os.path.join(os.path.dirname(__file__), 'train.py')
+config, given = configure(GPTConfig, train_script, __file__, allowed=ALLOWED)
 with plain_errors():
     config |= presets.get(config['model_preset'], {}) | given
     device = hardware.pick_device(config['device'])
@@ -122,7 +123,8 @@ for _ in range(len(trial.all_seconds) + 1):
         stamps.append(time.perf_counter())
     for part, (a, b) in zip(PARTS, itertools.pairwise(stamps)):
         ms[part].append(1000 * (b - a))
-ms = {part: times[1:] for part, times in ms.items()} | {'all': [1000 * seconds for seconds in trial.all_seconds]}
+ms = {part: times[1:] for part, times in ms.items()}  # the first warms up
+ms['all'] = [1000 * seconds for seconds in trial.all_seconds]
 model.eval().to(getattr(torch, dtype))
 prompt = torch.randint(model_config.vocab_size, (decode_batch, block_size // 2), device=device)
 stamps = [time.perf_counter()]

@@ -213,7 +213,8 @@ def set_up(device, threads=0):
     return torch.get_num_threads()
 
 def pick_threads():
-    """Set the number of CPU threads, all, half or one, that is fastest now, in under a second. Where another program has a core, threads that wait for each other can be far slower than one."""
+    """Set the number of CPU threads, all, half or one, that is fastest now, in under a second. Where another
+    program has a core, threads that wait for each other can be far slower than one."""
     most = torch.get_num_threads()
     if most == 1:
         return
@@ -347,7 +348,7 @@ def from_rank_0(value):
     return values[0]
 
 def end_processes():
-    """Leave the other processes. Objects that still hold their group would abort Python's exit now and then."""
+    """Leave the other processes. What still holds their group would abort Python's exit now and then."""
     if dist.is_initialized():
         gc.unfreeze()
         gc.collect()
@@ -427,8 +428,8 @@ def try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds):
                            seconds_per_evaluated_token=evaluated_token)
 
 def set_accumulation(config, world_size):
-    """Set config's tokens_per_update, if it is 0 -> the number of micro-batches in an update. ValueError if they do
-    not divide it."""
+    """Set config's tokens_per_update, if it is 0 -> the number of micro-batches in an update. ValueError if
+    they do not divide it."""
     micro_tokens = config['batch_size'] * config['block_size'] * world_size
     wanted = config['tokens_per_update'] or micro_tokens
     if wanted % micro_tokens:
@@ -447,8 +448,8 @@ def check_memory(device, n_params):
                          f'{there}: choose a smaller model')
 
 def choose_compile(wish, device, seconds):
-    """('true' or 'false', why not or '') for auto, true or false and a run of so many seconds: compiling takes
-    about a minute."""
+    """('true' or 'false', why not or '') for auto, true or false and a run of so many seconds. Compiling
+    takes about a minute."""
     problem = ''
     if wish == 'auto' and seconds < (1200 if kind(device) == 'cpu' else 120):
         problem = 'compiling would take longer than it saves'
@@ -457,9 +458,9 @@ def choose_compile(wish, device, seconds):
     return 'false' if problem or wish == 'false' else 'true', problem
 
 def plan(config, n_tokens, vocab_size):
-    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten minutes
-    on two cores: best are about as many parameters as tokens that are read, 6 operations each, and no dropout.
-    (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
+    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten
+    minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
+    no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
     operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
     n_params = min((operations / 6) ** 0.5, READINGS * n_tokens)
     n_layer = 2
@@ -474,7 +475,7 @@ def plan(config, n_tokens, vocab_size):
         batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10, eval_iters=25)
 
 def plan_length(seconds, trial, config, n_train, n_val):
-    """max_iters and eval_interval for the seconds that are left, and at most READINGS passes over the text."""
+    """max_iters and eval_interval for the seconds that are left, in at most READINGS passes over the text."""
     evaluations = max(1, min(4, int(config['minutes'])))
     rows = max(trial.batch_size, EVALUATION_TOKENS // config['block_size'])
     tokens = min(n_val, (config['eval_iters'] or n_val) * rows * config['block_size'])  # in an evaluation

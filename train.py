@@ -64,8 +64,8 @@ beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
 beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
 grad_clip = 1.0  # largest gradient norm; 0: no limit
 decay_lr = True  # false: the learning rates stay at their peaks after the warm-up
-lr_schedule = 'cosine'  # how the rates fall; linear: flat, then straight down over the last `cooldown` of the run
-cooldown = 0.6  # share of lr_decay_iters; for the linear schedule
+lr_schedule = 'cosine'  # how the rates fall; linear: flat, then straight down in the `cooldown`
+cooldown = 0.6  # last part of the run, as a share of it; for the linear schedule
 warmup_iters = 20  # updates over which the learning rates rise to their peaks
 lr_decay_iters = 0  # updates after which the learning rate is min_lr; 0: max_iters
 min_lr = 0.0  # AdamW's learning rate at the end; Muon's falls in proportion
@@ -88,14 +88,14 @@ seed = 1337  # of weights, batches and dropout
 
 ONE_OR_MORE, SHARE = (1, 10**12), (0, 0.999999)
 ALLOWED = dict(
-    model_preset=('', *presets), optimizer=OPTIMIZERS, lr_schedule=SCHEDULES, compile=('auto', 'true', 'false'),
-    dtype=('auto', 'float32', 'bfloat16', 'float16'), batch_size=ONE_OR_MORE, max_iters=ONE_OR_MORE,
-    log_interval=ONE_OR_MORE, eval_interval=ONE_OR_MORE, beta1=SHARE, beta2=SHARE, muon_momentum=SHARE,
-    threads=(0, 1024))
-SAVE_SECONDS = 300  # no checkpoint gets older, whatever eval_interval is
+    model_preset=('', *presets), optimizer=OPTIMIZERS, lr_schedule=SCHEDULES,
+    compile=('auto', 'true', 'false'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
+    batch_size=ONE_OR_MORE, max_iters=ONE_OR_MORE, log_interval=ONE_OR_MORE, eval_interval=ONE_OR_MORE,
+    beta1=SHARE, beta2=SHARE, muon_momentum=SHARE, threads=(0, 1024))
+SAVE_SECONDS = 300  # save at least this often
 
 # ----------------------------------------------------------------------------
-# resolve the settings. Until globals().update(config) read config['name']: plain names still hold the defaults
+# Resolve the settings. Until globals().update(config) read config['name']: plain names are the defaults.
 
 configurator.set_up_output()
 config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
@@ -116,7 +116,7 @@ with plain_errors():
             ('dataset', f'data set ({", ".join(known)}) or the path of a text', known[0], prepare.find),
             ('minutes', 'minutes that training may take', 5.0, configurator.above_zero)])
     if len(sys.argv) == 1:
-        print('no arguments: five minutes of Shakespeare, as --minutes=5 plans them; --help lists the settings')
+        print('no arguments: five minutes of Shakespeare, planned as by --minutes=5; settings: --help')
         config.update(minutes=5.0, offline_dataset='pydoc')
 
     # the layer below config files and flags: a preset, or the checkpoint that is resumed or started from
@@ -124,7 +124,7 @@ with plain_errors():
     ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
     if 'RANK' in os.environ:  # torchrun restarts with the same command, so even the first start has --resume
         if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
-            raise ValueError('torchrun --max_restarts needs train.py --resume: a restart would begin from nothing')
+            raise ValueError('torchrun --max_restarts needs train.py --resume, or a restart would start over')
         config['resume'] = given['resume'] = config['resume'] and os.path.exists(ckpt_path)
     if config['resume']:
         source, checkpoint = ckpt_path, load_checkpoint(ckpt_path)
@@ -132,11 +132,14 @@ with plain_errors():
         base.update(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
     elif config['init_from']:
         source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
-        base = {**checkpoint['model_config'], 'block_size': min(512, checkpoint['model_config']['block_size'])}
+        base = {**checkpoint['model_config']}
+        base['block_size'] = min(512, base['block_size'])  # less memory; RoPE has no weights for positions
     elif config['model_preset']:
         base = {**presets[config['model_preset']], 'vocab_size': 0}
     if checkpoint and given.get('model_preset'):
         raise ValueError(f'--model_preset is for new models: {source} has its own shape')
+    if config['resume'] and given.get('init_from'):
+        raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
     config |= base | given
 
     # device, processes, data
@@ -180,14 +183,15 @@ with plain_errors():
         return start_training(gpt_config, config, checkpoint)
 
     def sequences(n):
-        return next(prepare.batches(data.train, 0, n, n, config['block_size'], config['seed'], config['device']))
+        return next(prepare.batches(data.train, 0, n, n, config['block_size'], 0, config['device']))
 
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
         trial = hardware.fit(start, sequences, config, n_micro, rounds=0 if config['eval_only'] else 3)
     config['batch_size'], n_micro = trial.batch_size, trial.n_micro
     if planned:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
-        length = hardware.from_rank_0(hardware.plan_length(seconds, trial, config, len(data.train), len(data.val)))
+        length = hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
+        length = hardware.from_rank_0(length)
         planned |= {name: value for name, value in length.items() if name not in given}
         config |= planned | {'batch_size': trial.batch_size}
     seconds_left = trial.seconds * (config['max_iters'] - (updates_made if config['resume'] else 0))
@@ -203,12 +207,16 @@ say(f'model   {n_params / 1e6:.2f}M parameters: {n_layer} layers, {n_embd} wide,
     f'{n_kv_head} for keys and values, context {block_size}')
 factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch_size, 'tokens': block_size}
 product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
-say(f'update  {tokens_per_update:,} tokens = {product}; {max_iters:,} updates read the text {epochs:.2g} times')
+say(f'update  {tokens_per_update:,} tokens = {product}')
+say(f'run     {max_iters:,} updates, {epochs:.2g} passes over the text')
 if planned:
-    flags = [f'--{name}={config[name]}' for name in dict.fromkeys(['dataset', *planned, *given]) if name != 'minutes']
-    say(f'plan    for {minutes:g} minutes, the same as: python train.py {shlex.join(flags)}')
+    names = [name for name in dict.fromkeys(['dataset', *planned, *given]) if name != 'minutes']
+    flags = shlex.join(f'--{name}={config[name]}' for name in names)
+    say(f'plan    for {minutes:g} minutes, the same as: python train.py {flags}')
 if checkpoint:
     say(f'start   from {source}, update {updates_made}')
+    if resume and checkpoint['config']['max_iters'] != max_iters:
+        say('note    max_iters has changed, and the learning rate with it: it follows the new schedule from here')
 else:
     say(f'start   guessing has a loss of ln({vocab_size}) = {math.log(vocab_size):.3f} nats a token')
 if epochs > 20:
@@ -233,7 +241,8 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
         optimizers.load_state_dict(checkpoint['optimizer'])
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
-        step, tokens_seen, seconds_before = (checkpoint[name] for name in ('iter_num', 'tokens_seen', 'elapsed'))
+        step, tokens_seen = checkpoint['iter_num'], checkpoint['tokens_seen']
+        seconds_before = checkpoint['elapsed']
         val_loss, val_step = checkpoint['val_loss'], checkpoint['val_step']
         best_val_loss, best_step = checkpoint['best_val_loss'], checkpoint['best_step']
         evals_since_best = checkpoint['evals_since_best']
@@ -261,7 +270,8 @@ def learning_rate_scale(step):
     if not decay_lr:
         return 1.0
     floor = min(1.0, min_lr / learning_rate) if learning_rate else 0.0
-    return floor + (1 - floor) * SCHEDULES[lr_schedule](step, warmup_iters, lr_decay_iters or max_iters, cooldown)
+    share = SCHEDULES[lr_schedule](step, warmup_iters, lr_decay_iters or max_iters, cooldown)
+    return floor + (1 - floor) * share
 
 @torch.no_grad()
 def evaluate():
@@ -294,13 +304,13 @@ def take_step():
     optimizers.zero_grad(set_to_none=not graphs)
     return norm
 
-# On one GPU, where nothing is compiled, both become CUDA graphs, which need gradients that stay where they are.
+# On one GPU, where nothing is compiled, both become CUDA graphs. Their gradients must stay where they are.
 graphs = uses_graph(torch.device(device)) and compile == 'false' and world_size == 1 and dtype != 'float16'
 add_gradients = captured(add_gradients, torch.device(device), graphs and not gradient_checkpointing)
 take_step = captured(take_step, torch.device(device), graphs and optimizers.capturable)
 
 def update():
-    """One update from the next micro-batches -> its loss and gradient norm, as tensors: no wait for the GPU."""
+    """One update from the next micro-batches -> its loss and gradient norm, as tensors: no GPU wait."""
     torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
     loss = torch.zeros((), device=device)
     for micro in range(n_micro):
@@ -344,12 +354,13 @@ def read_recent():
         # float16's scaler meets infinite norms while it looks for its scale; a scale below 1 has failed
         good_norm = math.isfinite(norm) or scaler.is_enabled()
         if not math.isfinite(loss) or not good_norm or scaler.get_scale() < 1:
-            raise ValueError(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate {lr:.2e}): try '
-                             'a lower learning rate, more warmup_iters, or --dtype=float32')
+            raise ValueError(f'update {at}: loss {loss}, gradient norm {norm} ({dtype}, learning rate '
+                             f'{lr:.2e}): try a lower learning rate, more warmup_iters, or --dtype=float32')
     return sum(loss for loss, _ in numbers) / len(numbers), numbers[-1][1]
 
 def survivors():
-    return f'{ckpt_path} holds the last update saved' if os.path.exists(ckpt_path) else 'nothing was saved yet'
+    saved = os.path.exists(ckpt_path)
+    return f'{ckpt_path} holds the last update saved' if saved else 'nothing was saved yet'
 
 def draw_and_sample():
     """Once an evaluation is saved: loss.png, and a short text if asked for."""
@@ -381,7 +392,7 @@ logged_at = saved_at = time.monotonic()
 gc.collect()
 gc.freeze()  # setup objects live until exit: exempt them from garbage collection
 
-with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_size, or --gradient_checkpointing'):
+with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_size'):
     while not interrupted:
         # save and evaluate
         if step > val_step and (step % eval_interval == 0 or step == max_iters):
@@ -389,7 +400,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
             progress('evaluating ...')
             val_loss, val_step = evaluate(), step
             if not math.isfinite(val_loss):
-                raise ValueError(f'update {step}: the validation loss is {val_loss}: try a lower learning rate')
+                raise ValueError(f'update {step}: validation loss {val_loss}: try a lower learning rate')
             record(val_loss=f'{val_loss:.6f}')
             if val_loss < best_val_loss:
                 best_val_loss, best_step, evals_since_best, note = val_loss, step, 0, ''
@@ -426,8 +437,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
         seconds = (time.monotonic() - logged_at) / (step - logged_step)
         speed = tokens_per_update / seconds
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
-        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  norm {grad_norm:5.2f}  '
-            f'{1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
+        say(f'{step:>{len(str(max_iters))}}/{max_iters}  loss {train_loss:.4f}  lr {lr:.1e}  '
+            f'norm {grad_norm:5.2f}  {1000 * seconds:6.1f} ms  {speed:9,.0f} tokens/s  MFU {mfu:4.0%}  '
             f'{clock((max_iters - step) * seconds)} left')
         record(train_loss=f'{train_loss:.6f}', val_loss='', lr=f'{lr:.6g}', grad_norm=f'{grad_norm:.4f}',
                tokens_per_sec=round(speed))
@@ -448,11 +459,12 @@ if interrupted:
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
-    say(f'done    in {clock(seconds_so_far())}, peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; the best '
-        f'validation loss is {best_val_loss:.4f}, of update {best_step}: {best_path}')
+    memory = hardware.peak_memory(device) / 2**30
+    say(f'done    in {clock(seconds_so_far())}, peak memory {memory:.2f} GiB; the best validation loss is '
+        f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
     if best_step < step and val_loss > train_loss + 0.5:
-        say(f'note    the training loss is {train_loss:.2f}, far below validation: more text, fewer updates or '
-            '--dropout=0.2 help')
+        say(f'note    the training loss is {train_loss:.2f}, far below validation: more text, fewer updates '
+            'or --dropout=0.2 help')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
