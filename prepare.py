@@ -594,8 +594,8 @@ def window_starts(first_row, n_rows, n_tokens, block_size, seed):
     return np.array([epoch_starts(row // n, n_tokens, block_size, seed)[row % n] for row in rows])
 
 def batches(tokens, first_row, rows, stride, block_size, seed, device):
-    """Endless (x, y), each (rows, block_size) int64 on the device. A thread reads ahead, but not for the CPU,
-    where a read takes 60 us, and handing it over more than that."""
+    """Endless (x, y), each (rows, block_size) int64 on the device. Threads read two ahead, but not for the
+    CPU, where a read takes 60 us, and handing it over more than that."""
     cuda = str(device).startswith('cuda')
 
     def read(row):
@@ -605,7 +605,7 @@ def batches(tokens, first_row, rows, stride, block_size, seed, device):
         return [part.pin_memory() for part in pair] if cuda else pair
 
     numbers = itertools.count(first_row, stride)
-    for x, y in map(read, numbers) if str(device) == 'cpu' else in_order(read, numbers, 1):
+    for x, y in map(read, numbers) if str(device) == 'cpu' else in_order(read, numbers, 2):
         yield x.to(device, non_blocking=cuda), y.to(device, non_blocking=cuda)
 
 def val_batches(tokens, block_size, rows, max_batches=0):
