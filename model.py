@@ -290,14 +290,14 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                repetition_penalty=1.0, num_samples=1, generator=None, stop_token=None):
-        """Yield max_new_tokens times (B,) new ids for the prompts, which are (B, T) or a list of B lists or
-        tensors of any length, or for num_samples continuations of one prompt. The options are sample()'s. A row
-        that has drawn stop_token repeats it; the text ends when every row has. Prompts and max_new_tokens have
-        no limit: a token sees the block_size positions up to itself. Fastest where the weights have the
+        """Yield max_new_tokens times (B,) new ids for B prompts, (B, T) or a list of lists or tensors of any
+        length, or for num_samples continuations of one prompt; sample() explains the other options. A row
+        that has drawn stop_token repeats it; the text ends when every row has. Prompts and max_new_tokens
+        have no limit: a token sees the block_size positions up to itself. Fastest where the weights have the
         precision of the arithmetic: model.to(torch.bfloat16) first."""
         device = self.embedding.weight.device
-        check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                      repetition_penalty=repetition_penalty, num_samples=num_samples)
+        check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                      min_p=min_p, repetition_penalty=repetition_penalty, num_samples=num_samples)
         prompts, lengths = pad_prompts(input_ids, self.config.vocab_size)
         if num_samples > 1 and len(prompts) > 1:
             raise ValueError(f'num_samples {num_samples} wants one prompt, not {len(prompts)}')
@@ -311,7 +311,8 @@ class GPT(nn.Module):
             seen.scatter_(1, prompts[:, :shortest].expand(rows, -1), True)
 
         def draw(logits):  # (B, 1, vocab_size) -> (B,)
-            return sample(logits[:, -1], temperature, top_k, top_p, min_p, repetition_penalty, seen, generator)
+            logits = logits[:, -1]
+            return sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, generator)
 
         def read_and_draw(ids):
             if seen is not None:
@@ -329,7 +330,7 @@ class GPT(nn.Module):
                 logits = logits.repeat_interleave(num_samples, dim=0)
             ids = draw(logits)
             ended = torch.zeros_like(ids, dtype=torch.bool)
-            recent = deque(maxlen=longest - shortest + 1)  # (B,) each; shorter prompts are so far ahead
+            recent = deque(maxlen=longest - shortest + 1)  # shorter prompts are ahead, and wait in it
             for position in range(shortest, longest + max_new_tokens):
                 if position > shortest:
                     ids = step(ids).clone()  # a graph writes to the same tensor each time
@@ -339,14 +340,14 @@ class GPT(nn.Module):
                 if position < longest:
                     ids = torch.where(lengths <= position, ids, prompts[:, position])  # longer prompts go on
                 recent.append(ids)
-                if position >= longest:
-                    if shortest < longest:
-                        ids_of_all = torch.stack([*recent]).gather(0, lengths[None] - shortest)[0]
-                    else:
-                        ids_of_all = ids
-                    yield ids_of_all
-                    if stop_token is not None and (ids_of_all == stop_token).all():
-                        break
+                if position < longest:
+                    continue
+                new = ids
+                if shortest < longest:
+                    new = torch.stack([*recent]).gather(0, lengths[None] - shortest)[0]
+                yield new
+                if stop_token is not None and (new == stop_token).all():
+                    break
         finally:
             fast_layout(self, by_columns=False)  # as the optimizer's state is laid out
             self.train(was_training)
@@ -452,13 +453,13 @@ def check_drawing(**options):
             raise ValueError(f'{name} is {value}: it must be from {least:g} to {most:g}')
 
 def pad_prompts(prompts, vocab_size):
-    """(B, T), or a list of B lists or tensors of ids -> (B, longest) int64, where shorter ones end with zeros,
-    and the lengths (B,). ValueError where one is empty or has an id that the vocabulary has not."""
+    """(B, T), or a list of B lists or tensors of ids -> (B, longest) int64, shorter ones followed by zeros,
+    and their lengths (B,). ValueError if one is empty, or has an id that is not in the vocabulary."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     for row in rows:
         if row.dim() != 1 or row.numel() == 0 or row.is_floating_point():
-            raise ValueError('input_ids must be (B, T) or a list of prompts, each of one id or more; there is one '
-                             f'of {row.dtype} {tuple(row.shape)}')
+            raise ValueError('input_ids must be (B, T) or a list of prompts, each of one id or more, not '
+                             f'{row.dtype} {tuple(row.shape)}')
     if not rows:
         raise ValueError('input_ids has no prompt')
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
