@@ -67,3 +67,116 @@ def test_generation_penalizes_what_the_text_has_so_far(step):
                 logits[row, id] *= 1 / 1.3 if logits[row, id] > 0 else 1.3
         assert torch.equal(logits.argmax(dim=-1), drawn[:, T])
     assert not torch.equal(drawn, model.generate(text, 20, temperature=0))
+
+# ----------------------------------------------------------------------------
+# settings
+
+BLOCK = """
+out_dir = 'out'
+init_from = ''
+dataset = 'shakespeare'
+batch_size = 12
+tokens_per_update = 0
+compile = 'auto'
+configure(__file__)"""
+
+@pytest.fixture
+def block(empty, monkeypatch, capsys):
+    """block(*arguments, status=0) -> the settings, or the one line with which they are refused."""
+    monkeypatch.setenv('HOME', '/home/someone')
+    Path('script.py').write_text(BLOCK)
+
+    def read(*arguments, status=0):
+        allowed = dict(compile=('auto', 'true', 'false'))
+        if not status:
+            return configurator.configure('script.py', argv=list(arguments), allowed=allowed)[0]
+        with pytest.raises(SystemExit) as error:
+            configurator.configure('script.py', argv=list(arguments), allowed=allowed)
+        said = capsys.readouterr().err
+        assert error.value.code == status and said.count('\n') == 1
+        return said
+    return read
+
+def test_a_tilde_is_the_home_folder_in_flags_config_files_and_sources(block):
+    Path('c.py').write_text('init_from = "~/runs/a"\n')
+    settings = block('c.py', '--out_dir=~/b', '--dataset=a~/b')
+    assert [settings[name] for name in ('init_from', 'out_dir', 'dataset')] == [
+        '/home/someone/runs/a', '/home/someone/b', 'a~/b']
+    Path('sources.py').write_text('sources = []\nconfigure(__file__)')
+    assert configurator.configure('sources.py', argv=['~/a.txt', 'b.txt'])[0] == {
+        'sources': ['/home/someone/a.txt', 'b.txt']}
+
+@pytest.mark.parametrize('text, says', [
+    ('gradient_accumulation_steps = 5 * 8\nalways_save_checkpoint = False', ['tokens_per_update', 'ckpt.pt is always']),
+    ("init_from = 'gpt2-xl'", ['--from_hf']), ("init_from = 'resume'", ['resume to true']),
+    ("init_from = 'scratch'", ['leave it out']), ("dataset = 'shakespeare_char'", ["'shakespeare'"]),
+])
+def test_what_nanogpt_says_another_way_is_refused_with_the_way_here(block, text, says):
+    Path('c.py').write_text(text)
+    said = block('c.py', status=2)
+    assert "nanoGPT's" in said and all(part in said for part in says)
+    if 'init_from' in text:
+        Path(text.split("'")[1]).mkdir()  # a folder of that name is a run
+        block('c.py')
+
+def test_compile_may_be_false_as_in_nanogpt(block):
+    Path('c.py').write_text('compile = False')
+    assert block('c.py')['compile'] == 'false'
+
+def test_no_message_moves_the_cursor(block):
+    Path('c.py').write_text(r'raise ValueError("\x1b[2J\x9b\u2066\udce9 naïve")')
+    assert block('c.py', status=2) == 'c.py: ValueError: \\x1b[2J\\x9b\\u2066\\udce9 naïve\n'
+
+def test_what_is_printable_stays():
+    kept = 'a\n\tnaïve 👩\u200d👧 שלום\xa0\xad'
+    assert configurator.printable(kept) == kept == prepare.printable(kept)
+    every = ''.join(map(chr, range(0x3000)))
+    escaped = {c for c in every if configurator.printable(c) != c}
+    import unicodedata
+    control = {c for c in every if unicodedata.category(c) == 'Cc'} - {'\n', '\t'}
+    assert escaped == control | set('\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069')
+
+# ----------------------------------------------------------------------------
+# one process, several runs
+
+def test_a_second_run_in_one_process_finds_neither_lock_nor_handlers(place):
+    code = textwrap.dedent(f"""
+        import runpy, signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        kept = []
+        for flags in ['--max_iters=2'], ['--max_iters=0'], ['--max_iters=3'], ['--resume', '--max_iters=4']:
+            sys.argv = ['train.py', 'tiny.py', *flags]
+            try:
+                kept.append(runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__'))
+            except SystemExit as error:
+                kept.append(error.__traceback__)  # and with it the run's variables, as a notebook keeps them
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, flags
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, flags
+        """)
+    with process([sys.executable, '-c', code]) as child:
+        out, err = child.communicate(timeout=100)
+    assert child.returncode == 0 and err.count('\n') == 1 and 'max_iters is 0' in err, out + err
+    assert update_of('out/ckpt.pt') == 4
+
+def test_a_folder_that_is_closed_can_be_used_again(empty):
+    first = configurator.RunFolder('out', False, 0)
+    first.close()
+    assert configurator.RunFolder('out', False, 0).path == 'out'
+
+# ----------------------------------------------------------------------------
+# questions
+
+def test_numbers_words_and_yes_are_understood_and_custom_asks_for_a_shape_that_fits(place):
+    answers = ['1', '0.05', 'huge', '6', '2', '3', '64', '32', 'custom', '2', '2', '64', '32', 'my book', 'no']
+    out, _ = call_script('train.py', '--interactive', typed='\n'.join(answers))
+    assert '1 plain' in out and 'start it now [yes]' in out and 'divide into n_head 3' in out and "'huge'" in out
+    text = Path('config/my_book.py').read_text()
+    assert text.splitlines()[1:] == [
+        "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', 'n_layer = 2', 'n_head = 2', 'n_embd = 64',
+        'block_size = 32', "out_dir = 'out-book'"]
+    assert '2 layers, 64 wide, 2 query heads' in call_script('train.py', 'config/my_book.py', '--dry_run')[0]
+
+def test_the_configurator_runs_the_same_questions(place):
+    out, _ = call_script('configurator.py', typed='plain\n0.05\n2\na\nn\n')
+    assert 'later: python' in out and "model_preset = 'tiny'" in Path('config/my_a.py').read_text()
+    assert 'python configurator.py' in call_script('configurator.py', '--help')[0]
