@@ -195,7 +195,8 @@ def unknown(name, known, what='setting', advice='--help lists them'):
     """What to say of a name that is not among the known ones."""
     if name in NANOGPT:
         return f"{name} is nanoGPT's: {NANOGPT[name]}"
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    near = [other for other in known if name and other.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, 1, cutoff=0.5)
     if near:
         advice = f'did you mean {near[0]}?'
     return f'there is no {what} {name!r}: {advice}'

@@ -180,3 +180,103 @@ def test_the_configurator_runs_the_same_questions(place):
     out, _ = call_script('configurator.py', typed='plain\n0.05\n2\na\nn\n')
     assert 'later: python' in out and "model_preset = 'tiny'" in Path('config/my_a.py').read_text()
     assert 'python configurator.py' in call_script('configurator.py', '--help')[0]
+
+# ----------------------------------------------------------------------------
+# sample.py
+
+@pytest.fixture
+def talker(empty, monkeypatch):
+    """talker(*flags, typed='', says='') -> (out, err) of sample.py, and what the model was told last."""
+    save_checkpoint('char.pt', checkpoint(tiny(vocab_size=9), tokenizer={'kind': 'char', 'chars': '\n\tabcdeé'}))
+    told = {}
+
+    def talk(*flags, typed='', says=''):
+        coder = Tokenizer({'kind': 'char', 'chars': '\n\tabcdeé'})
+
+        def stream(self, prompts, max_new_tokens, **options):
+            told.update(options, text=coder.decode(prompts[0]), max_new_tokens=max_new_tokens)
+            for id in coder.encode(says):
+                yield torch.tensor([id])
+
+        monkeypatch.setattr(GPT, 'stream', stream)
+        return *call_script('sample.py', '--out_dir=char.pt', *flags, typed=typed), told
+    return talk
+
+def test_options_reach_the_model_from_flags_and_from_the_talk(talker):
+    _, _, told = talker('--start=a')
+    assert (told['min_p'], told['repetition_penalty']) == (0, 1)
+    typed = '/min_p 0.1\n/repetition_penalty 1.2\na\n/help\n'
+    out, _, told = talker('--interactive', '--top_k=3', typed=typed)
+    assert (told['min_p'], told['repetition_penalty'], told['top_k']) == (0.1, 1.2, 3) and '/min_p 0.1' in out
+    assert 'min_p is 2' in call_script('sample.py', '--out_dir=char.pt', '--min_p=2', status=2)[1]
+
+def test_line_breaks_and_tabs_are_read_in_start_stop_and_the_talk(talker):
+    out, _, told = talker(r'--start=a\n\tb', r'--stop=\n\n', says='cd\n\nab')
+    assert told['text'] == 'a\n\tb' and out == 'a\n\tbcd\n'
+    assert talker('--interactive', typed='a\\n\\tb\n')[2]['text'].endswith('a\n\tb')
+
+def test_bytes_that_are_not_utf8_are_replaced_and_the_talk_goes_on(place):
+    command = [*map(os.fsencode, script('sample.py', '--max_new_tokens=2'))]
+    done = subprocess.run([*command, b'--start=The \xe9'], capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(b'The ') and 'know it: \ufffd\n' in done.stderr.decode()
+    typed = b'The \xe9\nquick\n/quit\n'
+    done = subprocess.run([*command, b'--interactive'], input=typed, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b'Traceback' not in done.stderr and done.stdout.count(b'\n> ') == 3
+
+def test_unknown_characters_are_left_out_and_named_unless_nothing_is_left(talker):
+    out, err, told = talker('--start=aüb\u4e2d\x1b')
+    assert told['text'] == 'ab' and out == 'ab\n' and 'does not know it: \\x1b ü 中' in err
+    assert 'does not know ü' in call_script('sample.py', '--out_dir=char.pt', '--start=üü', status=2)[1]
+    out, err, told = talker('--interactive', typed='ü\naü\n')
+    assert 'does not know ü: ' in out and 'does not know it: ü' in err and told['text'].endswith('a')
+    assert "'ü'" in refusal(Tokenizer({'kind': 'char', 'chars': 'a'}).encode, 'ü')
+
+def test_an_unknown_command_is_named_with_the_nearest(talker):
+    out, _, _ = talker('--interactive', typed='/temp 1\n/xyz\n/help\n')
+    assert "no command '/temp': did you mean /temperature?" in out and "no command '/xyz': /help lists them" in out
+
+def test_a_prompt_file_may_be_in_the_home_folder(talker, empty, monkeypatch):
+    monkeypatch.setenv('HOME', str(empty))
+    Path('a.txt').write_text(r'a\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir('/')
+        err = call_script('sample.py', f'--out_dir={empty}/char.pt', '--start=FILE:~/a.txt')[1]
+    assert r'does not know it: \ n' in err  # of a file every character counts
+
+# ----------------------------------------------------------------------------
+# damaged folders
+
+@pytest.fixture
+def folder(empty):
+    """A Hugging Face folder, without the packages that others need for one."""
+    pytest.importorskip('gguf')
+    save_checkpoint('model.pt', checkpoint(tiny(vocab_size=9), tokenizer={'kind': 'char', 'chars': '\n\tabcdeé'}))
+    call_script('sample.py', '--out_dir=model.pt', '--to_hf=folder')
+    return Path('folder')
+
+def test_the_pad_token_comes_in_and_goes_out(folder):
+    (folder / 'tokenizer_config.json').write_text('{"pad_token": {"content": "a"}}')
+    call_script('sample.py', '--from_hf=folder')
+    meta = load_checkpoint('out-folder')['tokenizer']
+    assert meta['pad'] == 2
+    call_script('sample.py', '--out_dir=out-folder', '--to_hf=again')
+    assert json.loads(Path('again/config.json').read_text())['pad_token_id'] == 2
+    assert json.loads(Path('again/tokenizer_config.json').read_text())['pad_token'] == 'a'
+
+@pytest.mark.parametrize('file, contents, says', [
+    ('tokenizer.json', '{"version": 1}', 'tokenizer.json is not a tokenizer'),
+    ('tokenizer.json', '[1]', 'tokenizer.json is damaged'), ('tokenizer.json', '{', 'tokenizer.json is damaged'),
+    ('config.json', '"text"', 'config.json is damaged'), ('config.json', '[]', 'config.json is damaged'),
+    ('config.json', dict(rope_scaling='yarn'), "rope_scaling is 'yarn'"),
+    ('config.json', dict(rope_parameters=[1]), 'rope_parameters is [1]'),
+    ('config.json', dict(layer_types='full'), "layer_types is 'full'"),
+    ('config.json', dict(eos_token_id={'a': 1}), "ends with {'a': 1}"),
+    ('config.json', dict(num_hidden_layers='two'), "n_layer is 'two'"),
+    ('tokenizer_config.json', '{"pad_token": 7}', 'pad_token is 7'),
+])
+def test_a_damaged_folder_is_refused_in_one_line(folder, file, contents, says):
+    if isinstance(contents, dict):
+        contents = json.dumps(json.loads((folder / file).read_text()) | contents)
+    (folder / file).write_text(contents)
+    _, err = call_script('sample.py', '--from_hf=folder', status=2)
+    assert says in err and err.count('\n') == 1 and not Path('out-folder').exists()
