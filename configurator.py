@@ -196,7 +196,7 @@ def unknown(name, known, what='setting', advice='--help lists them'):
     if name in NANOGPT:
         return f"{name} is nanoGPT's: {NANOGPT[name]}"
     near = [other for other in known if name and other.startswith(name)]
-    near = near or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    near = near or difflib.get_close_matches(name, known, 1)
     if near:
         advice = f'did you mean {near[0]}?'
     return f'there is no {what} {name!r}: {advice}'

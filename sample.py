@@ -104,19 +104,19 @@ def draw(model, coder, ids, drawn, **options):
 def write(coder, ids):
     """Print ids as they come: whole characters, control characters as escapes, up to an end or the stop
     string."""
-    piece, held, last = coder.decoder(), '', typed(stop)
+    piece, held = coder.decoder(), ''
     for id in ids:
         if id in coder.ends:
             break
         held += piece(id)
-        if last and last in held:
+        if stop and stop in held:
             break
-        ready = max(0, len(held) + 1 - len(last))  # the rest may be the beginning of the stop string
+        ready = max(0, len(held) + 1 - len(stop))  # the rest may be the beginning of the stop string
         print(printable(held[:ready]), end='', flush=True)
         held = held[ready:]
     held += piece(None)
-    if last:
-        held = held.partition(last)[0]
+    if stop:
+        held = held.partition(stop)[0]
     print(printable(held), flush=True)
 
 def write_texts(model, coder, prompt, shown, options):
@@ -179,8 +179,8 @@ def generate():
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
     if math.isnan(checkpoint['val_loss']):
         trained = 'not evaluated yet'
-    size = f'{model.n_params() / 1e6:.2f}M parameters'
-    note(f'{path}: {trained}; {size}; {precision} on {hardware.device_name(place)}')
+    note(f'{path}: {trained}; {model.n_params() / 1e6:.2f}M parameters; {precision} on '
+         f'{hardware.device_name(place)}')
     generator = torch.Generator(place).manual_seed(seed or time.time_ns())
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                    min_p=min_p, repetition_penalty=repetition_penalty, generator=generator)
@@ -482,13 +482,11 @@ def spell(contents, characters):
     contents['added_tokens'] = [{'content': END_OF_TEXT, 'id': len(ids), 'special': True}]
     contents['pre_tokenizer'] = {'type': 'ByteLevel'}
 
-def write_gguf(path, model, weights, meta):
+def write_gguf(path, model, weights, meta, begin, end):
     """Write the file that llama.cpp reads; without one where it does not know the tokenizer."""
     import gguf
     c, coder = model.config, Tokenizer(meta)
     contents = json.loads(export_tokenizer(meta).to_str())
-    end = coder.end_of_text
-    begin = meta.get('begin', end)
     family = 'qwen3' if c.qk_norm else 'llama'
     if coder.kind == 'char':
         spell(contents, coder.ids)
@@ -574,7 +572,7 @@ def export(folder):
         save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
         (new / 'model.safetensors').chmod((new / 'config.json').stat().st_mode)  # it was for the owner alone
         note(f'{folder}: a Hugging Face folder, the weights in {stored}')
-        write_gguf(new / 'model.gguf', model, weights, meta)
+        write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
         new.rename(folder)
 
 # ----------------------------------------------------------------------------
@@ -586,6 +584,7 @@ if __name__ == '__main__':
         before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         UNDO.callback(signal.signal, signal.SIGPIPE, before)
     globals().update(configure(__file__, allowed=ALLOWED)[0])
+    stop = typed(stop)
     with plain_errors():
         if from_hf:
             convert(Path(from_hf))
