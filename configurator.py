@@ -3,6 +3,7 @@
     config, given = configure(GPTConfig, __file__)    # in the script, right after its block of settings
     globals().update(config)
     python train.py config/train_shakespeare.py --batch_size=32 --resume
+    python configurator.py                            # answer questions, get a config file
 
 Settings are the fields of dataclasses and the assignments at the top of a script. Config files assign others, and
 --name=value flags win over both. A mistake is one line and exit status 2, never a traceback.
@@ -15,12 +16,13 @@ import errno
 import inspect
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import sys
 import textwrap
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock  # comes with torch
@@ -28,9 +30,23 @@ import filelock  # comes with torch
 # ----------------------------------------------------------------------------
 # plain errors and output
 
+UNDO = ExitStack()  # undoes what a run changed in its process: signal handlers, the lock of out_dir
+
+def clean_up():
+    """Leave the process as it was: a notebook goes on, and may start another run."""
+    UNDO.close()
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' first lines replaced it
+
+def printable(text):
+    """The text with control characters and overrides of its direction as escapes: no terminal obeys them."""
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]',
+                  lambda match: match[0].encode('unicode_escape').decode(), str(text))
+
 def stop(message):
     """End the program: one line on stderr, exit status 2."""
-    print(' '.join(str(message).split()), file=sys.stderr)
+    print(printable(' '.join(str(message).split())), file=sys.stderr)
+    clean_up()
     sys.exit(2)
 
 @contextmanager
@@ -47,7 +63,8 @@ def plain_errors(what_is_left=None):
         stop(f'{message}; {what_is_left()}' if what_is_left else message)
 
 def set_up_output():
-    """Print at once, whatever the characters; a full stdout ends the program in one line."""
+    """Print at once, and read and print whatever the characters; a full stdout ends the program in one
+    line."""
     stream, write = sys.stdout, sys.stdout.write
 
     def write_now(text):
@@ -62,6 +79,8 @@ def set_up_output():
     if hasattr(stream, 'reconfigure'):  # a notebook's has not
         stream.reconfigure(errors='backslashreplace')
         stream.write = write_now
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='surrogateescape')
 
 def progress(text):
     """On a terminal, a line that the next one replaces."""
@@ -77,11 +96,12 @@ def watching(what):
     try:
         yield
     except Exception as error:  # of a package that is not ours
-        print(f'{what} failed: {" ".join(f"{type(error).__name__}: {error}".split())[:200]}')
+        problem = ' '.join(f'{type(error).__name__}: {error}'.split())
+        print(printable(f'{what} failed: {problem[:200]}'))
 
 def catch_signals(quiet=False):
     """Ask the run to save and stop where a signal would end it; a second one stops at once -> the list of
-    signals that have come."""
+    signals that have come. clean_up() restores the handlers."""
     come = []
 
     def note(number, frame):
@@ -97,7 +117,7 @@ def catch_signals(quiet=False):
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):  # schedulers announce the end by SIGUSR1
         number = getattr(signal, name, None)  # Windows lacks some
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, note)
+            UNDO.callback(signal.signal, number, signal.signal(number, note))
     return come
 
 # ----------------------------------------------------------------------------
@@ -105,6 +125,17 @@ def catch_signals(quiet=False):
 
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
 WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': False, 'n': False, '0': False}
+
+# What nanoGPT's config files say, and what to do here. GPT-2 learns positions, this model rotates by them.
+NANOGPT = {
+    'gradient_accumulation_steps': 'set tokens_per_update to that many times batch_size x block_size',
+    'always_save_checkpoint': 'leave it out, ckpt.pt is always the latest update',
+    'backend': 'leave it out, the device decides',
+    'dataset=shakespeare_char': "here it is 'shakespeare'",
+    'init_from=scratch': 'leave it out',
+    'init_from=resume': 'set resume to true',
+    'init_from=gpt2': 'a GPT-2 cannot come in, a Llama or Qwen3 can: see sample.py --from_hf',
+}
 
 def read_block(source):
     """Settings of a dataclass or of the script at a path -> ({name: default}, {name: comment}, docstring)."""
@@ -138,10 +169,16 @@ def parse(text, default):
         return WORDS.get(text.lower(), text) if isinstance(default, bool) else type(default)(text)
     return text
 
+def expanded(text):
+    """~/ is the home folder also where a shell does not say so, as in --out_dir=~/a."""
+    return os.path.expanduser(text) if text.startswith('~/') else text
+
 def checked(name, value, default, allowed=None):
     """value in default's type (an int is welcome for a float), or ValueError. allowed: the least and the most
     of a number (else any that is not negative), or the choices of a text (else any)."""
     kind = type(default)
+    if type(value) is bool and kind is str and 'true' in (allowed or ()):
+        value = str(value).lower()
     if not (type(value) is kind or kind is float and type(value) is int):
         raise ValueError(f'{name} must be {KINDS.get(kind, default)}, not {value!r}')
     if kind in (int, float):
@@ -152,19 +189,21 @@ def checked(name, value, default, allowed=None):
         value = value.lower()
         if value not in allowed:
             raise ValueError(f'{name} is {value!r}: it must be one of {", ".join(filter(None, allowed))}')
-    return kind(value)
+    return expanded(value) if kind is str else kind(value)
 
-def unknown(name, settings):
-    near = difflib.get_close_matches(name, settings, 1, cutoff=0.5)
-    advice = f'did you mean {near[0]}?' if near else '--help lists them'
-    return f'there is no setting {name!r}: {advice}'
+def unknown(name, known, what='setting', advice='--help lists them'):
+    """What to say of a name that is not among the known ones."""
+    if name in NANOGPT:
+        return f"{name} is nanoGPT's: {NANOGPT[name]}"
+    near = [other for other in known if name and other.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, 1)
+    if near:
+        advice = f'did you mean {near[0]}?'
+    return f'there is no {what} {name!r}: {advice}'
 
 class Namespace(dict):
     """What a config file assigns; where it only reads a setting, it finds the value so far."""
-
-    def __init__(self, settings):
-        super().__init__(__name__='config')
-        self.settings = settings
+    settings = {}
 
     def __missing__(self, name):
         return self.settings[name]
@@ -174,16 +213,17 @@ def run_config(path, settings):
     ignored."""
     if not (path.endswith('.py') and Path(path).is_file()):
         raise ValueError(f'there is no config file {path!r}; settings are written --name=value')
-    names = Namespace(settings)
+    names = Namespace(__name__='config')
+    names.settings = settings
     try:
         exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), names)
     except (Exception, SystemExit) as error:  # whatever it is, it happened in the user's file
         raise ValueError(f'{path}: {type(error).__name__}: {error}') from None
     own = {name: value for name, value in names.items()
            if not (name.startswith('_') or callable(value) or inspect.ismodule(value))}
-    for name in own:
-        if name not in settings:
-            raise ValueError(f'{path}: {unknown(name, settings)} (names of your own begin with _)')
+    problems = [unknown(name, settings) for name in own if name not in settings]
+    if problems:
+        raise ValueError(f'{path}: {"; ".join(problems)} (names of your own begin with _)')
     return own
 
 def help_text(sources, settings, allowed):
@@ -217,7 +257,7 @@ def configure(*sources, argv=None, allowed={}):
     for argument in argv:
         name, equals, text = argument.lstrip('-').partition('=')
         if not argument.startswith('-') or argument == '-':
-            plain.append(argument)
+            plain.append(expanded(argument))
         elif name not in settings:
             raise ValueError(unknown(name, settings))
         elif equals or isinstance(settings[name], bool):
@@ -233,33 +273,68 @@ def configure(*sources, argv=None, allowed={}):
         for name, value in run_config(path, settings | given).items():
             given[name] = checked(f'{path}: {name}', value, settings[name], allowed.get(name))
     given.update(flags)
+    for name, value in given.items():
+        said = f'{name}={value}'.partition('-')[0]  # gpt2-xl is a gpt2
+        there = said in NANOGPT and (os.path.exists(value) or os.path.exists(os.path.join('data', value)))
+        if said in NANOGPT and not there:
+            raise ValueError(unknown(said, settings))
     return settings | given, given
 
 # ----------------------------------------------------------------------------
 # questions
 
-def ask(question, default, check=None):
+def ask(question, default, check=None, choices=()):
     """The answer typed on the terminal, in default's type, as check(answer) returns it; asked again while
-    that raises an error."""
+    that raises an error. Choices are listed, and their numbers are answers; without a check, nothing else
+    is. Where there is one choice, nothing is asked."""
+    if len(choices) == 1:
+        return default
+    numbers = {str(number): choice for number, choice in enumerate(choices, 1)}
+    for number, choice in numbers.items():
+        print(f'  {number} {choice}')
+    shown = ('yes' if default else 'no') if isinstance(default, bool) else default
     while True:
         try:
-            text = input(f'{question} [{default}] ').strip()
+            text = input(f'{question} [{shown}] ').strip()
         except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: there is no stdin
             stop('no answer (is this a terminal?): each question is also a flag, see --help')
         try:
-            value = checked('the answer', parse(text, default) if text else default, default)
+            value = parse(numbers.get(text, text), default) if text else default
+            value = checked('the answer', value, default, None if check else choices)
             return check(value) if check else value
         except (ValueError, OSError) as error:
-            print(f'  {error}')
+            print(f'  {printable(error)}')
 
 def above_zero(number):
     if not number > 0:
         raise ValueError('it must be more than 0')
     return number
 
+def ask_all(questions):
+    """Ask questions, each (setting, *arguments of ask) -> {setting: answer}. An answer may be a dict of
+    settings itself; auto, which is every setting's default, is left out."""
+    answers = {}
+    for name, *question in questions:
+        answer = ask(*question)
+        answers |= answer if isinstance(answer, dict) else {name: answer}
+    return {name: answer for name, answer in answers.items() if answer != 'auto'}
+
+def or_custom(choices, make, questions):
+    """A check for ask(): the answer is one of the choices. For custom it is the {setting: answer} of these
+    questions, if make(**answers) raises no ValueError."""
+    def check(answer):
+        answer = checked('the answer', answer, '', choices)
+        if answer != 'custom':
+            return answer
+        answers = ask_all(questions)
+        make(**answers)
+        return answers
+
+    return check
+
 def interview(script, questions):
-    """Ask questions, each (setting, question, default, check), write the answers into config/my_NAME.py for
-    this script, and run it if told to."""
+    """ask_all() the questions, write the answers into config/my_NAME.py for this script, and run it if told
+    to."""
     def new_path(name):
         name = re.sub('[^A-Za-z0-9_-]+', '_', name).removeprefix('my_')
         path = os.path.join('config', f'my_{name}.py')
@@ -267,7 +342,7 @@ def interview(script, questions):
             raise ValueError(f'{path} exists already')
         return path
 
-    answers = {name: ask(question, default, check) for name, question, default, check in questions}
+    answers = ask_all(questions)
     path = ask('name of the run', answers.get('dataset', 'run'), new_path)
     answers['out_dir'] = 'out-' + Path(path).stem.removeprefix('my_')
     os.makedirs('config', exist_ok=True)
@@ -291,6 +366,7 @@ class RunFolder:
     wandb_run = None
 
     def __init__(self, path, resume, bytes_needed):
+        UNDO.close()  # after another run in this process
         self.path = path
         self.log_path = os.path.join(path, 'log.csv')
         os.makedirs(path, exist_ok=True)
@@ -299,12 +375,17 @@ class RunFolder:
             self.lock.acquire(blocking=False)
         except filelock.Timeout:
             raise ValueError(f'another run is using {path}: choose another --out_dir') from None
+        UNDO.callback(self.close)
         free = shutil.disk_usage(path).free
         if free < bytes_needed:
             raise ValueError(f'{path} has {free / 2**30:.2f} GiB free, the checkpoints take about '
                              f'{bytes_needed / 2**30:.2f} GiB: free some, or choose another --out_dir')
         if not resume:
             self.put_aside()
+
+    def close(self):
+        """Let another run use the folder."""
+        self.lock.release()
 
     def put_aside(self):
         """Move an older run's files to the first free path-1, path-2, ..."""
@@ -318,18 +399,18 @@ class RunFolder:
         os.mkdir(aside)
         for name in older:
             shutil.move(os.path.join(self.path, name), aside)
-        print(f'kept    the run that was in {self.path} is in {os.path.relpath(aside)} now')
+        print(printable(f'kept    the run that was in {self.path} is in {os.path.relpath(aside)} now'))
 
     def rows(self):
-        """log.csv -> its columns, and its whole rows as {column: text}."""
+        """The whole rows of log.csv, each {column: text}."""
         if not os.path.exists(self.log_path):
-            return [], []
+            return []
         with open(self.log_path, encoding='utf-8', newline='') as file:
-            reader = csv.DictReader(file, restval=None)
-            rows = [row for row in reader if None not in row.values()]
-        return list(reader.fieldnames or []), rows
+            return [row for row in csv.DictReader(file, restval=None) if None not in row.values()]
 
-    def rewrite(self, columns, rows):
+    def rewrite(self, rows):
+        """log.csv with these rows; a column that a row does not have is empty there."""
+        columns = dict.fromkeys(name for row in rows for name in row)
         with open(f'{self.log_path}.part', 'w', encoding='utf-8', newline='') as file:
             writer = csv.DictWriter(file, columns, restval='')
             writer.writeheader()
@@ -339,10 +420,9 @@ class RunFolder:
     def drop_rows_after(self, step, val_step):
         """Drop the rows that a run resumed at this update, whose last evaluation was at val_step, will write
         again."""
-        columns, rows = self.rows()
-        kept = [row for row in rows if int(row['iter']) <= (val_step if row.get('val_loss') else step)]
-        if columns:
-            self.rewrite(columns, kept)
+        rows = self.rows()
+        if rows:
+            self.rewrite([row for row in rows if int(row['iter']) <= (val_step if row.get('val_loss') else step)])
 
     def watch_with_wandb(self, project, name, config):
         """Log to Weights & Biases, too; a resumed run continues there."""
@@ -356,12 +436,12 @@ class RunFolder:
     def log(self, row):
         """Append a row {column: value} to log.csv; a new column is empty in earlier rows."""
         os.makedirs(self.path, exist_ok=True)  # it may have been deleted
-        columns, rows = self.rows()
-        if not set(row) <= set(columns):
-            columns = [*columns, *(name for name in row if name not in columns)]
-            self.rewrite(columns, rows)
-        with open(self.log_path, 'a', encoding='utf-8', newline='') as file:
-            csv.DictWriter(file, columns, restval='').writerow(row)
+        rows = self.rows()
+        if rows and row.keys() <= rows[0].keys():
+            with open(self.log_path, 'a', encoding='utf-8', newline='') as file:
+                csv.DictWriter(file, rows[0], restval='').writerow(row)
+        else:
+            self.rewrite([*rows, row])
         if self.wandb_run:
             with watching('wandb'):
                 self.wandb_run.log({name: float(value) for name, value in row.items() if value != ''})
@@ -376,7 +456,7 @@ class RunFolder:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
         for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
-            points = [(float(row['elapsed_s']), float(row[name])) for row in self.rows()[1] if row[name]]
+            points = [(float(row['elapsed_s']), float(row[name])) for row in self.rows() if row[name]]
             if points:
                 axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
         axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)
@@ -395,7 +475,7 @@ def show_status(machine, data_sets, load):
         try:
             run = load(path)
         except ValueError as error:
-            print(f'run in {path.parent}: {error}')
+            print(printable(f'run in {path.parent}: {error}'))
             continue
         updates, loss = run['config']['max_iters'], run['best_val_loss']
         judged = 'not evaluated yet' if loss == float('inf') else f'best validation loss {loss:.4f}'
@@ -403,3 +483,11 @@ def show_status(machine, data_sets, load):
         script = 'train.py --resume' if run['iter_num'] < updates else 'sample.py'
         command = f'python {script} --out_dir={shlex.quote(str(path.parent))}'
     print(f'next: {command}')
+
+if __name__ == '__main__':
+    if '-h' in sys.argv or '--help' in sys.argv:
+        print(__doc__)
+    else:
+        script = os.path.relpath(Path(__file__).with_name('train.py'))
+        sys.argv = [script, '--interactive', *sys.argv[1:]]
+        runpy.run_path(script, run_name='__main__')

@@ -14,7 +14,7 @@ import re
 import timeit
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, fields
 from typing import get_args, get_type_hints
 
@@ -291,53 +291,77 @@ class GPT(nn.Module):
         return 6 * self.n_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     @torch.inference_mode()
-    def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1,
-               generator=None, stop_token=None):
-        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
-        one prompt (1, T). A row that has drawn stop_token repeats it; the text ends when every row has. T and
-        max_new_tokens have no limit: a token sees the block_size positions up to itself. Fastest where the
-        weights have the precision of the arithmetic: model.to(torch.bfloat16) first."""
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(f'input_ids must be (B, T) with a token at least, not {tuple(input_ids.shape)}')
-        if num_samples > 1 and input_ids.size(0) > 1:
-            raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
-        if max_new_tokens < 1:
-            raise ValueError(f'max_new_tokens is {max_new_tokens}: it must be at least 1')
+    def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+               repetition_penalty=1.0, num_samples=1, generator=None, stop_token=None):
+        """Yield max_new_tokens times (B,) new ids for B prompts, (B, T) or a list of lists or tensors of any
+        length, or for num_samples continuations of one prompt; sample() explains the other options. A row
+        that has drawn stop_token repeats it; the text ends when every row has. Prompts and max_new_tokens
+        have no limit: a token sees the block_size positions up to itself. Fastest where the weights have the
+        precision of the arithmetic: model.to(torch.bfloat16) first."""
         device = self.embedding.weight.device
+        check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                      min_p=min_p, repetition_penalty=repetition_penalty, num_samples=num_samples)
+        prompts, lengths = pad_prompts(input_ids, self.config.vocab_size)
+        if num_samples > 1 and len(prompts) > 1:
+            raise ValueError(f'num_samples {num_samples} wants one prompt, not {len(prompts)}')
+        rows = max(num_samples, len(prompts))
+        shortest, longest = lengths.min().item(), prompts.size(1)
+        prompts, lengths = prompts.to(device), lengths.to(device)
         cache = KVCache(self.config.block_size, device)
+        seen = None  # (B, vocab_size): the ids in each row's text so far
+        if repetition_penalty != 1:
+            seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=device)
+            seen.scatter_(1, prompts[:, :shortest].expand(rows, -1), True)
 
         def draw(logits):  # (B, 1, vocab_size) -> (B,)
-            return sample(logits[:, -1], temperature, top_k, top_p, generator)
+            logits = logits[:, -1]
+            return sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, generator)
 
-        step = captured(lambda ids: draw(self(ids[:, None], cache=cache)[0]), device, generator=generator)
+        def read_and_draw(ids):
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+            return draw(self(ids[:, None], cache=cache)[0])
+
+        step = captured(read_and_draw, device, generator=generator)
         was_training = self.training
         self.eval()
         try:
-            fast_layout(self, by_columns=max(num_samples, input_ids.size(0)) == 1)
-            logits = self(input_ids.to(device), cache=cache)[0]
+            fast_layout(self, by_columns=rows == 1)
+            logits = self(prompts[:, :shortest], cache=cache)[0]
             if num_samples > 1:
                 cache.repeat(num_samples)
                 logits = logits.repeat_interleave(num_samples, dim=0)
             ids = draw(logits)
             ended = torch.zeros_like(ids, dtype=torch.bool)
-            for i in range(max_new_tokens):
-                if i > 0:
+            recent = deque(maxlen=longest - shortest + 1)  # shorter prompts are ahead, and wait in it
+            for position in range(shortest, longest + max_new_tokens):
+                if position > shortest:
                     ids = step(ids).clone()  # a graph writes to the same tensor each time
                 if stop_token is not None:
                     ids = ids.masked_fill(ended, stop_token)
-                    ended |= ids == stop_token
-                yield ids
-                if stop_token is not None and ended.all():
+                    ended |= (ids == stop_token) & (lengths <= position)
+                if position < longest:
+                    ids = torch.where(lengths <= position, ids, prompts[:, position])  # longer prompts go on
+                recent.append(ids)
+                if position < longest:
+                    continue
+                new = ids
+                if shortest < longest:
+                    new = torch.stack([*recent]).gather(0, lengths[None] - shortest)[0]
+                yield new
+                if stop_token is not None and (new == stop_token).all():
                     break
         finally:
             fast_layout(self, by_columns=False)  # as the optimizer's state is laid out
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
-        """The prompts (B, T) with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows
-        stopped."""
+        """The prompts with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows stopped;
+        of a list of prompts, a list of such texts."""
         new = torch.stack(list(self.stream(input_ids, max_new_tokens, **options)), dim=1)
-        return torch.cat((input_ids.to(new.device).expand(new.size(0), -1), new), dim=1)
+        prompts = [torch.as_tensor(prompt, device=new.device) for prompt in input_ids]
+        texts = [torch.cat(pair) for pair in zip(prompts * (len(new) // len(prompts)), new)]
+        return torch.stack(texts) if torch.is_tensor(input_ids) else texts
 
 def create_model(preset, **changes):
     """A GPT of one of the presets; changes are GPTConfig fields."""
@@ -421,10 +445,42 @@ class KVCache:
         """Go on as n copies of the one sequence read so far."""
         self.layers = [(k.repeat_interleave(n, dim=0), v.repeat_interleave(n, dim=0)) for k, v in self.layers]
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """(B, vocab_size) -> (B,) ids: temperature (0: the most likely), then the top_k most likely (0: all),
-    then the fewest of these that reach top_p together. Drawn as the argmax of p / Exp(1): no multinomial, no
-    wait for a GPU."""
+LIMITS = dict(  # the least and the most of what stream() is told
+    max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1), min_p=(0, 1),
+    repetition_penalty=(0.01, 100), num_samples=(1, 2**16))
+
+def check_drawing(**options):
+    for name, value in options.items():
+        least, most = LIMITS[name]
+        if not least <= value <= most:  # nor is nan
+            raise ValueError(f'{name} is {value}: it must be from {least:g} to {most:g}')
+
+def pad_prompts(prompts, vocab_size):
+    """(B, T), or a list of B lists or tensors of ids -> (B, longest) int64, shorter ones followed by zeros,
+    and their lengths (B,). ValueError if one is empty, or has an id that is not in the vocabulary."""
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    for row in rows:
+        if row.dim() != 1 or row.numel() == 0 or row.is_floating_point():
+            raise ValueError('input_ids must be (B, T) or a list of prompts, each of one id or more, not '
+                             f'{row.dtype} {tuple(row.shape)}')
+    if not rows:
+        raise ValueError('input_ids has no prompt')
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
+    for id in torch.stack(ids.aminmax()).tolist():  # one wait for a GPU
+        if not 0 <= id < vocab_size:
+            raise ValueError(f'input_ids has the id {id}: the vocabulary has 0 to {vocab_size - 1}')
+    return ids, torch.tensor([len(row) for row in rows])
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seen=None,
+           generator=None):
+    """(B, vocab_size) -> (B,) ids: repetition_penalty on the ids that are seen, (B, vocab_size) bool (1: off;
+    https://arxiv.org/abs/1909.05858, 4.1), then temperature (0: the most likely), then the top_k most likely
+    (0: all), then the fewest of these that reach top_p together, and of them those at least min_p times as
+    likely as the likeliest (0: all; https://arxiv.org/abs/2407.01082). Drawn as the argmax of p / Exp(1): no
+    multinomial, no wait for a GPU."""
+    if seen is not None:
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
@@ -433,6 +489,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     p = logits.softmax(dim=-1)
     if top_p < 1:
         p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0.0)
     choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 

@@ -43,7 +43,7 @@ import tiktoken
 import torch
 from filelock import FileLock  # comes with torch
 
-from configurator import checked, configure, plain_errors, set_up_output
+from configurator import checked, configure, plain_errors, printable, set_up_output
 
 # ----------------------------------------------------------------------------
 # settings
@@ -110,7 +110,7 @@ class Tokenizer:
         try:
             return [self.ids[c] for c in text]
         except KeyError as error:
-            raise ValueError(f'the tokenizer does not know the character {error.args[0]!a}: '
+            raise ValueError(f'the tokenizer does not know the character {error.args[0]!r}: '
                              'leave it out, or train on text that has it') from None
 
     def decode(self, ids):
@@ -223,11 +223,6 @@ def bpe_meta(kind, tokens):
 
 # ----------------------------------------------------------------------------
 # where the text comes from
-
-def printable(text):
-    """The text with control characters and overrides of its direction as escapes: no terminal obeys them."""
-    return regex.sub(r'(?![\n\t])[\p{Cc}\p{Cs}\u202a-\u202e\u2066-\u2069]',
-                     lambda match: match[0].encode('unicode_escape').decode(), str(text))
 
 def download(source, folder, part):
     """A URL or a name in DOWNLOADS -> the path of its text, which is fetched once, whole or not at all, by

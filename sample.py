@@ -14,6 +14,7 @@ if __name__ == '__main__':  # Ctrl-C at any moment, also while torch is imported
 
 import json
 import math
+import re
 import shlex
 import sys
 import tempfile
@@ -25,20 +26,24 @@ from pathlib import Path
 import torch
 
 import hardware
-from configurator import checked, configure, parse, plain_errors, set_up_output
-from model import FIELDS, GPT, GPTConfig, checkpoint_path, load_checkpoint, load_model, save_checkpoint
-from prepare import END_OF_TEXT, PATTERN, Tokenizer, printable, read_text
+from configurator import (UNDO, checked, clean_up, configure, expanded, parse, plain_errors, printable,
+                          set_up_output, unknown)
+from model import (FIELDS, GPT, GPTConfig, LIMITS, checkpoint_path, load_checkpoint, load_model,
+                   save_checkpoint)
+from prepare import END_OF_TEXT, PATTERN, Tokenizer, read_text
 
 # ----------------------------------------------------------------------------
 # settings
 out_dir = 'out'  # folder of a run (its best.pt, or else ckpt.pt), or a checkpoint
-start = ''  # text to continue, or FILE:path; empty: the beginning of a document
+start = ''  # text to continue, with \n for a line break, or FILE:path; empty: the beginning of a document
 num_samples = 1  # texts, drawn in one batch
 max_new_tokens = 500  # tokens in each text
 temperature = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the fewest tokens that have this probability together; 1: from all
-stop = ''  # end a text where this stands in it
+min_p = 0.0  # draw from the tokens at least this many times as likely as the likeliest; 0: from all
+repetition_penalty = 1.0  # make tokens that the text has already less likely, as 1.1 does; 1: do not
+stop = ''  # end a text where this stands in it; \n is a line break
 seed = 0  # of the draws; 0: other text each time
 interactive = False  # type, read, continue; the model is loaded once
 to_hf = ''  # export the model to this new folder, for other programs
@@ -47,21 +52,37 @@ device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # of weights and arithmetic: auto, float32, bfloat16, float16; auto exports float32
 threads = 0  # CPU threads; 0: as many as are fastest now
 # ----------------------------------------------------------------------------
-DRAWING = dict(max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1))
-ALLOWED = dict(DRAWING, num_samples=(1, 2**16), threads=(0, 1024), dtype=('auto', 'float32', 'bfloat16', 'float16'))
+ALLOWED = dict(LIMITS, threads=(0, 1024), dtype=('auto', 'float32', 'bfloat16', 'float16'))
 
 # ----------------------------------------------------------------------------
 # text
 
 def note(text):
-    print(text, file=sys.stderr, flush=True)  # stdout is the text alone
+    print(printable(text), file=sys.stderr, flush=True)  # stdout is the text alone
+
+def typed(text):
+    r"""The text that a user typed: \n is a line break, \t a tab, and bytes that are not UTF-8 are U+FFFD."""
+    return re.sub('[\ud800-\udfff]+', '\ufffd', text.replace(r'\n', '\n').replace(r'\t', '\t'))
+
+def known(coder, text):
+    """The text without the characters that a char tokenizer does not know, which a note names. ValueError if
+    nothing is left."""
+    if coder.kind != 'char' or coder.ids.keys() >= set(text):
+        return text
+    strange = ' '.join(sorted(set(text) - coder.ids.keys()))[:100]
+    kept = ''.join(c for c in text if c in coder.ids)
+    if not kept:
+        raise ValueError(f'the model does not know {strange}: it was trained on text without')
+    note(f'left out, because the model does not know it: {strange}')
+    return kept
 
 def read_start(coder):
     """The part of `start` to print, and its ids. An empty one becomes the token before a document: the end of
     another document, or else a line break, or else any token."""
-    shown = text = start
     if start.startswith('FILE:'):
-        shown, text = '', ''.join(read_text(start.removeprefix('FILE:')))
+        shown, text = '', known(coder, ''.join(read_text(expanded(start.removeprefix('FILE:')))))
+    else:
+        shown = text = known(coder, typed(start))
     ids = coder.encode(text)
     if not ids and coder.end_of_text is not None:
         ids = [coder.end_of_text]
@@ -73,7 +94,7 @@ def read_start(coder):
 def draw(model, coder, ids, drawn, **options):
     """Yield the next ids, one for each text, until every text has ended; append them to drawn, too."""
     ended = set()
-    for new in model.stream(torch.tensor([ids[-model.config.block_size:]]), **options):
+    for new in model.stream([ids[-model.config.block_size:]], **options):
         drawn.append(new.tolist())
         yield drawn[-1]
         ended.update(i for i, id in enumerate(drawn[-1]) if id in coder.ends)
@@ -116,12 +137,14 @@ def talk(model, coder, prompt, options):
         import readline  # history and editing in input(), where there is one
     note('It completes documents, it is not an assistant: type how one begins. Empty: go on; /help')
     context = list(prompt)
+    numbers = [name for name in options if name in LIMITS]
+    commands = [f'/{name}' for name in (*numbers, 'reset', 'help', 'quit')]
     while True:
-        typed = input('\n> ')
-        command, _, value = typed.removeprefix('/').partition(' ')
+        line = input('\n> ')
+        command, _, value = line.removeprefix('/').partition(' ')
         try:
-            if not typed.startswith('/'):
-                context += coder.encode(typed.replace('\\n', '\n'))
+            if not line.startswith('/'):
+                context += coder.encode(known(coder, typed(line)))
                 drawn = []
                 with suppress(KeyboardInterrupt):
                     write(coder, (row[0] for row in draw(model, coder, context, drawn, **options)))
@@ -130,15 +153,17 @@ def talk(model, coder, prompt, options):
                 return
             elif command == 'reset':
                 context = list(prompt)
-            elif command in DRAWING:
-                default = options[command]
-                options[command] = checked(command, parse(value, default), default, DRAWING[command])
-            else:
-                print(*[f'/{name} {options[name]}' for name in DRAWING], sep='\n')
+            elif command in ('', 'help'):
+                print(*[f'/{name} {options[name]}' for name in numbers], sep='\n')
                 print('/reset forgets the text so far; /quit or Ctrl-D ends; Ctrl-C stops a text\n'
                       'anything else is continued: \\n is a line break, an empty line goes on')
+            elif command in numbers:
+                default = options[command]
+                options[command] = checked(command, parse(value, default), default, LIMITS[command])
+            else:
+                raise ValueError(unknown(f'/{command}', commands, 'command', '/help lists them'))
         except ValueError as error:
-            print(error)
+            print(printable(error))
 
 def generate():
     """Load the model, then write texts or talk."""
@@ -154,11 +179,11 @@ def generate():
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
     if math.isnan(checkpoint['val_loss']):
         trained = 'not evaluated yet'
-    size = f'{model.n_params() / 1e6:.2f}M parameters'
-    note(f'{path}: {trained}; {size}; {precision} on {hardware.device_name(place)}')
+    note(f'{path}: {trained}; {model.n_params() / 1e6:.2f}M parameters; {precision} on '
+         f'{hardware.device_name(place)}')
     generator = torch.Generator(place).manual_seed(seed or time.time_ns())
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                   generator=generator)
+                   min_p=min_p, repetition_penalty=repetition_penalty, generator=generator)
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with suppress(EOFError, KeyboardInterrupt):
@@ -287,29 +312,37 @@ def convert_config(theirs):
         raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
     return replace(config, mlp_ratio=hidden / config.n_embd)
 
-def read_json(path):
-    """The dict in a JSON file, empty where there is no file; ValueError where it is damaged."""
+def read_json(path, **kinds):
+    """The dict in a JSON file, empty where there is no file. ValueError where it is damaged, or a field is
+    not of its kind."""
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text('utf-8')))
-    except (TypeError, ValueError, RecursionError) as error:
+        contents = json.loads(path.read_text('utf-8'))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path.name} is damaged ({type(error).__name__})') from None
+    if not isinstance(contents, dict):
+        raise ValueError(f'{path.name} is damaged ({type(contents).__name__} where an object belongs)')
+    for name, kind in kinds.items():
+        if not isinstance(contents.get(name), kind | None):
+            raise ValueError(f'{path.name} is damaged ({name} is {contents[name]!r:.60})')
+    return contents
 
 def steps(part):
     """A normalizer, pre_tokenizer or decoder in a tokenizer.json -> the list of its steps"""
-    if part is None:
-        return []
     for name in ('normalizers', 'pretokenizers', 'decoders'):
-        if name in part:
+        if part and name in part:
             return part[name]
-    return [part]
+    return [part] if part else []
 
 def plain_tokenizer(contents):
     """Reduce a tokenizer.json to what determines its ids, so that files saved by different versions are equal.
     ValueError names a part that is not supported: ids must decode to the exact text, piece by piece."""
     from tokenizers import Tokenizer as HF
-    hf = HF.from_str(json.dumps(contents))
+    try:
+        hf = HF.from_str(json.dumps(contents))
+    except Exception as error:  # tokenizers has no class for it
+        raise ValueError(f'tokenizer.json is not a tokenizer ({error})') from None
     hf.no_padding()
     hf.no_truncation()
     if hf.encode('').ids:
@@ -338,35 +371,35 @@ def plain_tokenizer(contents):
     return contents | {'model': kept, 'post_processor': None}
 
 def convert_tokenizer(folder):
-    """A Hugging Face folder's tokenizer, as meta.json and checkpoints hold it. It includes the ids that end a
-    text, the id that begins one, and the chat template."""
+    """A Hugging Face folder's tokenizer, as meta.json and checkpoints hold it. It includes the ids that end,
+    begin and pad a text, and the chat template."""
     contents = plain_tokenizer(read_json(folder / 'tokenizer.json'))
-    ids = [*contents['model']['vocab'].values(), *(token['id'] for token in contents['added_tokens'])]
-    size = max(ids) + 1
-    config = read_json(folder / 'config.json')
+    ids = contents['model']['vocab'] | {token['content']: token['id'] for token in contents['added_tokens']}
+    size = max(ids.values()) + 1
+    config, generation = read_json(folder / 'config.json'), read_json(folder / 'generation_config.json')
+    names = read_json(folder / 'tokenizer_config.json', pad_token=str | dict, chat_template=str | list)
     begin, ends = config.get('bos_token_id'), []
-    for facts in (config, read_json(folder / 'generation_config.json')):
-        end = facts.get('eos_token_id')
+    for end in (config.get('eos_token_id'), generation.get('eos_token_id')):
         ends += end if isinstance(end, list) else [end]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
     for id in (begin, *ends):
         if id is not None and (type(id) is not int or not 0 <= id < size):
             raise ValueError(f'config.json: a text begins or ends with {id!r:.60}, which is no token')
-    template = read_json(folder / 'tokenizer_config.json').get('chat_template')
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    pad = names.get('pad_token')
+    pad = ids.get(pad.get('content') if isinstance(pad, dict) else pad, config.get('pad_token_id'))
+    template = names.get('chat_template')
     if (folder / 'chat_template.jinja').exists():
         template = (folder / 'chat_template.jinja').read_text('utf-8')
     return {'kind': 'hf', 'json': json.dumps(contents, sort_keys=True), 'vocab_size': size,
-            'end_of_text': ends[0] if ends else None, 'ends': ends, 'begin': begin, 'chat_template': template}
+            'end_of_text': ends[0] if ends else None, 'ends': ends, 'begin': begin,
+            'pad': pad if pad in ids.values() else None, 'chat_template': template}
 
 def read_weights(folder):
     """{name: tensor} of all the safetensors files of a Hugging Face folder"""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    index = read_json(folder / 'model.safetensors.index.json')
-    files = sorted(set(index.get('weight_map', {}).values())) or ['model.safetensors']
     weights = {}
-    for file in files:
-        path = folder / Path(file).name
+    for path in sorted(folder.glob('model*.safetensors')):
         try:
             weights.update(load_file(path))
         except SafetensorError as error:
@@ -376,15 +409,17 @@ def read_weights(folder):
 def convert(folder):
     """Write the Llama or Qwen3 in a Hugging Face folder as out-NAME/best.pt, and print the next commands."""
     name = folder.resolve().name
-    for path in (folder / 'config.json', folder / 'tokenizer.json'):
-        if not path.exists():
-            raise ValueError(f'there is no {path}: run "hf download OWNER/{name} --local-dir {folder}" first')
+    for file in ('config.json', 'tokenizer.json', 'model*.safetensors'):
+        if not any(folder.glob(file)):
+            raise ValueError(f'there is no {folder / file}: '
+                             f'run "hf download OWNER/{name} --local-dir {folder}" first')
     out = Path(f'out-{name}')
     for path in (out / 'best.pt', out / 'ckpt.pt'):
         if path.exists():
             raise ValueError(f'{path} exists: rename or delete {out} to convert {folder} again')
     try:
-        config = convert_config(read_json(folder / 'config.json'))
+        config = convert_config(read_json(
+            folder / 'config.json', rope_scaling=dict, rope_parameters=dict, layer_types=list))
         tokenizer = convert_tokenizer(folder)
         if tokenizer['vocab_size'] > config.vocab_size:
             raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, not {config.vocab_size}')
@@ -447,13 +482,11 @@ def spell(contents, characters):
     contents['added_tokens'] = [{'content': END_OF_TEXT, 'id': len(ids), 'special': True}]
     contents['pre_tokenizer'] = {'type': 'ByteLevel'}
 
-def write_gguf(path, model, weights, meta):
+def write_gguf(path, model, weights, meta, begin, end):
     """Write the file that llama.cpp reads; without one where it does not know the tokenizer."""
     import gguf
     c, coder = model.config, Tokenizer(meta)
     contents = json.loads(export_tokenizer(meta).to_str())
-    end = coder.end_of_text
-    begin = meta.get('begin', end)
     family = 'qwen3' if c.qk_norm else 'llama'
     if coder.kind == 'char':
         spell(contents, coder.ids)
@@ -483,7 +516,8 @@ def write_gguf(path, model, weights, meta):
         feed_forward_length=c.hidden_dim,
         tokenizer_model='gpt2', tokenizer_pre=split_by, token_list=tokens, token_types=types,
         token_merges=merges, add_bos_token=False,
-        bos_token_id=begin, eos_token_id=end, chat_template=meta.get('chat_template'))
+        bos_token_id=begin, eos_token_id=end, pad_token_id=meta.get('pad'),
+        chat_template=meta.get('chat_template'))
     writer = gguf.GGUFWriter(path, family)
     for name, value in facts.items():
         if value is not None:
@@ -522,12 +556,12 @@ def export(folder):
     end = coder.end_of_text
     begin = meta.get('begin', end)
     ends = coder.ends if len(coder.ends) > 1 else end
-    special = dict(bos_token_id=begin, eos_token_id=ends, pad_token_id=None)
+    special = dict(bos_token_id=begin, eos_token_id=ends, pad_token_id=meta.get('pad'))
     tokenizer_config = dict(
         tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-        model_max_length=model.config.block_size, chat_template=meta.get('chat_template'),
-        bos_token=None if begin is None else tokenizer.id_to_token(begin),
-        eos_token=None if end is None else tokenizer.id_to_token(end))
+        model_max_length=model.config.block_size, chat_template=meta.get('chat_template'))
+    for name, id in dict(bos_token=begin, eos_token=end, pad_token=meta.get('pad')).items():
+        tokenizer_config[name] = None if id is None else tokenizer.id_to_token(id)
     files = {'config.json': {**shape, **special, 'dtype': stored}, 'generation_config.json': special,
              'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
     with tempfile.TemporaryDirectory(prefix='.export-', dir=folder.parent) as aside:
@@ -538,7 +572,7 @@ def export(folder):
         save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
         (new / 'model.safetensors').chmod((new / 'config.json').stat().st_mode)  # it was for the owner alone
         note(f'{folder}: a Hugging Face folder, the weights in {stored}')
-        write_gguf(new / 'model.gguf', model, weights, meta)
+        write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
         new.rename(folder)
 
 # ----------------------------------------------------------------------------
@@ -547,8 +581,10 @@ def export(folder):
 if __name__ == '__main__':
     set_up_output()
     if hasattr(signal, 'SIGPIPE'):  # Windows has none
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+        UNDO.callback(signal.signal, signal.SIGPIPE, before)
     globals().update(configure(__file__, allowed=ALLOWED)[0])
+    stop = typed(stop)
     with plain_errors():
         if from_hf:
             convert(Path(from_hf))
@@ -557,3 +593,4 @@ if __name__ == '__main__':
             export(Path(to_hf))
     if not (from_hf or to_hf):
         generate()
+    clean_up()  # a notebook goes on
