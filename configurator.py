@@ -363,7 +363,7 @@ class RunFolder:
     files are put aside unless it is resumed. ValueError where that fails, or the disk has less than
     bytes_needed."""
     FILES = ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', '.wandb')
-    wandb_run = None
+    wandb_run, columns = None, ()
 
     def __init__(self, path, resume, bytes_needed):
         UNDO.close()  # after another run in this process
@@ -410,9 +410,9 @@ class RunFolder:
 
     def rewrite(self, rows):
         """log.csv with these rows; a column that a row does not have is empty there."""
-        columns = dict.fromkeys(name for row in rows for name in row)
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
         with open(f'{self.log_path}.part', 'w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, columns, restval='')
+            writer = csv.DictWriter(file, self.columns, restval='')
             writer.writeheader()
             writer.writerows(rows)
         os.replace(f'{self.log_path}.part', self.log_path)
@@ -420,9 +420,8 @@ class RunFolder:
     def drop_rows_after(self, step, val_step):
         """Drop the rows that a run resumed at this update, whose last evaluation was at val_step, will write
         again."""
-        rows = self.rows()
-        if rows:
-            self.rewrite([row for row in rows if int(row['iter']) <= (val_step if row.get('val_loss') else step)])
+        self.rewrite([row for row in self.rows()
+                      if int(row['iter']) <= (val_step if row.get('val_loss') else step)])
 
     def watch_with_wandb(self, project, name, config):
         """Log to Weights & Biases, too; a resumed run continues there."""
@@ -436,12 +435,11 @@ class RunFolder:
     def log(self, row):
         """Append a row {column: value} to log.csv; a new column is empty in earlier rows."""
         os.makedirs(self.path, exist_ok=True)  # it may have been deleted
-        rows = self.rows()
-        if rows and row.keys() <= rows[0].keys():
+        if os.path.exists(self.log_path) and set(row) <= set(self.columns):
             with open(self.log_path, 'a', encoding='utf-8', newline='') as file:
-                csv.DictWriter(file, rows[0], restval='').writerow(row)
+                csv.DictWriter(file, self.columns, restval='').writerow(row)
         else:
-            self.rewrite([*rows, row])
+            self.rewrite([*self.rows(), row])
         if self.wandb_run:
             with watching('wandb'):
                 self.wandb_run.log({name: float(value) for name, value in row.items() if value != ''})

@@ -14,7 +14,7 @@ import re
 import timeit
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import get_args, get_type_hints
 
@@ -233,13 +233,13 @@ class GPT(nn.Module):
         self.norm = make_norm(config.n_embd, config)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight  # tied: one matrix for both
-        nn.init.normal_(self.embedding.weight, std=1 / config.n_embd)
+        nn.init.normal_(self.embedding.weight, std=config.n_embd**-0.5)  # logits of size 1
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
-        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: (B, T, vocab_size)
-        and their mean cross entropy; return_logits=False gives None and the loss, and never holds all logits
-        at once. Without targets: the last position's (B, 1, vocab_size) and None. T is at most block_size, or
-        with a cache, which it continues, any."""
+        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: all logits (B, T,
+        vocab_size), or None with return_logits=False, and the mean cross entropy, for which all logits never
+        exist at once. Without targets: the last position's logits (B, 1, vocab_size) and None. T is at most
+        block_size, or with a cache, which it continues, any."""
         if cache is not None:
             for part in input_ids.split(self.config.block_size, dim=1):
                 x = self.trunk(part, cache)
@@ -249,12 +249,9 @@ class GPT(nn.Module):
         x = self.trunk(input_ids)
         if targets is None:
             return self.logits(x[:, -1:]), None
-        counted = targets.ne(-1).sum().clamp(min=1)
-        if not return_logits:
-            loss = in_slices(lambda x, targets: token_loss(self.logits(x), targets), x, targets, self.config)
-            return None, loss / counted
-        logits = self.logits(x)
-        return logits, token_loss(logits.flatten(0, 1), targets.flatten()) / counted
+        loss = in_slices(lambda x, targets: token_loss(self.logits(x), targets), x, targets, self.config)
+        loss = loss / targets.ne(-1).sum().clamp(min=1)
+        return self.logits(x) if return_logits else None, loss
 
     def trunk(self, input_ids, cache=None):
         """(B, T) -> (B, T, C), all but the head"""
@@ -272,9 +269,8 @@ class GPT(nn.Module):
         rope = [table.to(x.dtype) for table in rope_tables(positions, self.config)]
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, cache)
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x = block(x, rope, mask, cache)
         return self.norm(x)
 
     def logits(self, x):
@@ -293,25 +289,21 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                repetition_penalty=1.0, num_samples=1, generator=None, stop_token=None):
-        """Yield max_new_tokens times (B,) new ids for B prompts, (B, T) or a list of lists or tensors of any
-        length, or for num_samples continuations of one prompt; sample() explains the other options. A row
-        that has drawn stop_token repeats it; the text ends when every row has. Prompts and max_new_tokens
-        have no limit: a token sees the block_size positions up to itself. Fastest where the weights have the
-        precision of the arithmetic: model.to(torch.bfloat16) first."""
-        device = self.embedding.weight.device
+        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
+        one prompt (1, T); sample() explains the other options. A row that has drawn stop_token repeats it; the
+        text ends when every row has. T and max_new_tokens have no limit: a token sees the block_size positions
+        up to itself. Fastest where the weights have the precision of the arithmetic: model.to(torch.bfloat16)
+        first. ValueError for options and ids out of range."""
         check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                       min_p=min_p, repetition_penalty=repetition_penalty, num_samples=num_samples)
-        prompts, lengths = pad_prompts(input_ids, self.config.vocab_size)
-        if num_samples > 1 and len(prompts) > 1:
-            raise ValueError(f'num_samples {num_samples} wants one prompt, not {len(prompts)}')
-        rows = max(num_samples, len(prompts))
-        shortest, longest = lengths.min().item(), prompts.size(1)
-        prompts, lengths = prompts.to(device), lengths.to(device)
+        check_prompts(input_ids, num_samples, self.config.vocab_size)
+        rows, device = max(num_samples, input_ids.size(0)), self.embedding.weight.device
+        input_ids = input_ids.to(device)
         cache = KVCache(self.config.block_size, device)
         seen = None  # (B, vocab_size): the ids in each row's text so far
         if repetition_penalty != 1:
             seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=device)
-            seen.scatter_(1, prompts[:, :shortest].expand(rows, -1), True)
+            seen.scatter_(1, input_ids.expand(rows, -1), True)
 
         def draw(logits):  # (B, 1, vocab_size) -> (B,)
             logits = logits[:, -1]
@@ -327,41 +319,34 @@ class GPT(nn.Module):
         self.eval()
         try:
             fast_layout(self, by_columns=rows == 1)
-            logits = self(prompts[:, :shortest], cache=cache)[0]
+            logits = self(input_ids, cache=cache)[0]
             if num_samples > 1:
                 cache.repeat(num_samples)
                 logits = logits.repeat_interleave(num_samples, dim=0)
             ids = draw(logits)
             ended = torch.zeros_like(ids, dtype=torch.bool)
-            recent = deque(maxlen=longest - shortest + 1)  # shorter prompts are ahead, and wait in it
-            for position in range(shortest, longest + max_new_tokens):
-                if position > shortest:
+            for i in range(max_new_tokens):
+                if i > 0:
                     ids = step(ids).clone()  # a graph writes to the same tensor each time
                 if stop_token is not None:
                     ids = ids.masked_fill(ended, stop_token)
-                    ended |= (ids == stop_token) & (lengths <= position)
-                if position < longest:
-                    ids = torch.where(lengths <= position, ids, prompts[:, position])  # longer prompts go on
-                recent.append(ids)
-                if position < longest:
-                    continue
-                new = ids
-                if shortest < longest:
-                    new = torch.stack([*recent]).gather(0, lengths[None] - shortest)[0]
-                yield new
-                if stop_token is not None and (new == stop_token).all():
+                    ended |= ids == stop_token
+                yield ids
+                if stop_token is not None and ended.all():
                     break
         finally:
             fast_layout(self, by_columns=False)  # as the optimizer's state is laid out
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
-        """The prompts with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows stopped;
-        of a list of prompts, a list of such texts."""
+        """The prompts (B, T) with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows
+        stopped. Of a list of prompts, each (T,) or a list of ids, of any lengths: a list of texts, which are
+        generated one by one."""
+        if isinstance(input_ids, list):
+            prompts = [torch.as_tensor(prompt)[None] for prompt in input_ids]
+            return [self.generate(prompt, max_new_tokens, **options)[0] for prompt in prompts]
         new = torch.stack(list(self.stream(input_ids, max_new_tokens, **options)), dim=1)
-        prompts = [torch.as_tensor(prompt, device=new.device) for prompt in input_ids]
-        texts = [torch.cat(pair) for pair in zip(prompts * (len(new) // len(prompts)), new)]
-        return torch.stack(texts) if torch.is_tensor(input_ids) else texts
+        return torch.cat((input_ids.to(new.device).expand(new.size(0), -1), new), dim=1)
 
 def create_model(preset, **changes):
     """A GPT of one of the presets; changes are GPTConfig fields."""
@@ -455,21 +440,15 @@ def check_drawing(**options):
         if not least <= value <= most:  # nor is nan
             raise ValueError(f'{name} is {value}: it must be from {least:g} to {most:g}')
 
-def pad_prompts(prompts, vocab_size):
-    """(B, T), or a list of B lists or tensors of ids -> (B, longest) int64, shorter ones followed by zeros,
-    and their lengths (B,). ValueError if one is empty, or has an id that is not in the vocabulary."""
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
-    for row in rows:
-        if row.dim() != 1 or row.numel() == 0 or row.is_floating_point():
-            raise ValueError('input_ids must be (B, T) or a list of prompts, each of one id or more, not '
-                             f'{row.dtype} {tuple(row.shape)}')
-    if not rows:
-        raise ValueError('input_ids has no prompt')
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
-    for id in torch.stack(ids.aminmax()).tolist():  # one wait for a GPU
+def check_prompts(input_ids, num_samples, vocab_size):
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise ValueError(f'input_ids must be (B, T) with an id at least, not {input_ids.dtype} '
+                         f'{tuple(input_ids.shape)}')
+    if num_samples > 1 and input_ids.size(0) > 1:
+        raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
+    for id in torch.stack(input_ids.aminmax()).tolist():  # one wait for a GPU
         if not 0 <= id < vocab_size:
             raise ValueError(f'input_ids has the id {id}: the vocabulary has 0 to {vocab_size - 1}')
-    return ids, torch.tensor([len(row) for row in rows])
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seen=None,
            generator=None):
@@ -551,6 +530,9 @@ class Muon(torch.optim.Optimizer):
 def hidden_and_other(model):
     """The weights of the blocks' linear layers, and every other parameter, whatever its shape."""
     hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    for weight in hidden:
+        if len(weight) % getattr(weight, 'parts', 1):
+            raise ValueError(f'a weight with {len(weight)} rows does not divide into parts {weight.parts}')
     return hidden, [p for p in model.parameters() if not any(p is weight for weight in hidden)]
 
 def muon(model, settings):
@@ -755,32 +737,35 @@ def check_continues(saved, source, config, meta, data_id):
 
 def check_model(model):
     """ValueError if training, evaluation, sampling with the cache, and the model without its fast paths do
-    not agree on a random batch, as after a change in one path but not in the others. Dropout is off, and the
-    arithmetic is that of the weights."""
+    not agree on a random text, as after a change in one path but not in the others. Dropout is off."""
     global FAST
-    weight, c = model.embedding.weight, model.config
-    ids = torch.randint(c.vocab_size, (2, min(8, c.block_size)), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(weight.device)
-    before = model.training, model.compute_dtype, FAST
-    model.compute_dtype = None
+    weight, c, compute_dtype = model.embedding.weight, model.config, model.compute_dtype
+    n = min(64, c.block_size)
+    ids = torch.randint(c.vocab_size, (1, n), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    chunks = [1, 1, 1, n - 6, 1, 1, 1] if n > 6 else [1] * n  # as the cache reads them
+    fast, was_training = FAST, model.training
     model.eval()
     try:
-        expected, expected_loss = (x.detach() for x in model(ids, ids))
+        dtype = model.trunk(ids[:, :1]).dtype
+        if compute_dtype not in (None, dtype):
+            raise ValueError(f'activations are {dtype}, not {compute_dtype}: use a parameter p as cast(p, x)')
+        model.compute_dtype = None  # the arithmetic is that of the weights
+        expected = model(ids, ids)[0].detach()
         with torch.no_grad():
             evaluated = model(ids, ids)[0]
-            loss = model(ids, ids, return_logits=False)[1]
             cache = KVCache(c.block_size, ids.device)
-            sampled = torch.cat([model(part, cache=cache)[0] for part in ids.split(1, dim=1)], dim=1)
+            sampled = [model(part, cache=cache)[0] for part in ids.split(chunks, dim=1)]
             FAST = False
             slow = model(ids, ids)[0]
     finally:
-        model.train(before[0])
-        model.compute_dtype, FAST = before[1:]
+        model.train(was_training)
+        model.compute_dtype, FAST = compute_dtype, fast
+    ends = torch.tensor(chunks).cumsum(0) - 1
     exact = weight.dtype == torch.float32 and weight.is_cpu  # a GPU may multiply float32 in TF32
     for what, found, wanted, advice in (
-        ('the loss without logits', loss, expected_loss, 'GPT.forward computes it in two places'),
         ('evaluation', evaluated, expected, 'does something depend on whether there are gradients?'),
-        ('sampling', sampled, expected, 'does something look at other positions, or at the text so far?'),
+        ('sampling', torch.cat(sampled, dim=1), expected[:, ends],
+         'does something look at other positions, or at the text so far?'),
         ('the model without its fast paths', slow, expected, 'one of them still has the old formula'),
     ):
         difference = (found - wanted).abs().max().item()
@@ -935,6 +920,8 @@ if __name__ == '__main__':
     tiny = dict(block_size=64, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
+        with torch.device('meta'):  # train.py counts parameters so
+            GPT(GPTConfig(**{**tiny, **options}))
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**tiny, **options}))
         check_model(model)

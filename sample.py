@@ -94,7 +94,7 @@ def read_start(coder):
 def draw(model, coder, ids, drawn, **options):
     """Yield the next ids, one for each text, until every text has ended; append them to drawn, too."""
     ended = set()
-    for new in model.stream([ids[-model.config.block_size:]], **options):
+    for new in model.stream(torch.tensor([ids[-model.config.block_size:]]), **options):
         drawn.append(new.tolist())
         yield drawn[-1]
         ended.update(i for i, id in enumerate(drawn[-1]) if id in coder.ends)

@@ -54,7 +54,7 @@ tokens_per_update = 0  # tokens in an update, of all processes together; 0: one 
 model_preset = ''  # 10M to 350M parameters: other defaults for the model's settings; '': those of GPTConfig
 vocab_size = 0  # distinct tokens; 0: as many as the data set's tokenizer has
 # optimizer
-optimizer = 'muon'  # muon: the blocks' matrices by Muon, the rest by AdamW; adamw: all by AdamW
+optimizer = 'muon'  # muon: the blocks' matrices by Muon, the rest by AdamW; adamw: all
 learning_rate = 1e-2  # AdamW's peak
 muon_learning_rate = 0.02  # Muon's peak
 muon_momentum = 0.85  # share of the old momentum that each update keeps; 0.95 for long runs of large updates
@@ -110,11 +110,17 @@ with plain_errors():
         sys.exit()
     if config['interactive']:
         print(hardware.table())
-        known = prepare.known()
+        known, sizes = prepare.known(), ['auto', *presets, 'custom']
+        above_zero = configurator.above_zero
+        custom = configurator.or_custom(sizes, GPTConfig, [
+            ('n_layer', 'layers', 4, above_zero), ('n_head', 'heads', 4, above_zero),
+            ('n_embd', 'width, a multiple of the heads', 256, above_zero),
+            ('block_size', 'context', 256, above_zero)])
         configurator.interview(__file__, [
-            ('device', 'device', hardware.pick_device(), hardware.pick_device),
-            ('dataset', f'data set ({", ".join(known)}) or the path of a text', known[0], prepare.find),
-            ('minutes', 'minutes that training may take', 5.0, configurator.above_zero)])
+            ('device', 'device', hardware.pick_device(), hardware.pick_device, hardware.devices()[0]),
+            ('dataset', 'data set, or the path of a text', known[0], prepare.find, known),
+            ('minutes', 'minutes that training may take', 5.0, above_zero),
+            ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', custom, sizes)])
     if len(sys.argv) == 1:
         print('no arguments: five minutes of Shakespeare, planned as by --minutes=5; settings: --help')
         config.update(minutes=5.0, offline_dataset='pydoc')
@@ -344,6 +350,9 @@ def save(path, **more):
             best_val_loss=best_val_loss, best_step=best_step, evals_since_best=evals_since_best,
             scaler=scaler.state_dict(), **more))
 
+def save_latest():
+    save(ckpt_path, optimizer=optimizers.state_dict())
+
 def read_recent():
     """Mean loss and last gradient norm since the last call. Reading waits for the GPU, so several are read at
     once. ValueError at the first that is not finite, before these weights are saved."""
@@ -396,7 +405,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
     while not interrupted:
         # save and evaluate
         if step > val_step and (step % eval_interval == 0 or step == max_iters):
-            save(ckpt_path, optimizer=optimizers.state_dict())  # first: the process may be killed meanwhile
+            save_latest()  # first: the process may be killed meanwhile
             progress('evaluating ...')
             val_loss, val_step = evaluate(), step
             if not math.isfinite(val_loss):
@@ -409,7 +418,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
                 evals_since_best += 1
                 note = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{note}')
-            save(ckpt_path, optimizer=optimizers.state_dict())
+            save_latest()
             draw_and_sample()
             stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
@@ -447,7 +456,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
         # save, if the run is told to stop or the last checkpoint is old
         interrupted = hardware.mean_over_processes([len(signals)], device)[0] > 0 and step < max_iters
         if interrupted or time.monotonic() - saved_at > SAVE_SECONDS:
-            save(ckpt_path, optimizer=optimizers.state_dict())
+            save_latest()
             saved_at = time.monotonic()
 
 # ----------------------------------------------------------------------------
@@ -471,4 +480,5 @@ else:
     say(f'next    python sample.py{where}{prompt}')
 model = None  # it holds the process group
 hardware.end_processes()
+configurator.clean_up()  # a notebook goes on
 sys.exit(128 + signals[0] if interrupted and signals else 0)
