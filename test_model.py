@@ -40,7 +40,8 @@ import model as gpt
 import prepare
 from model import GPT, GPTConfig, KVCache, create_model, load_checkpoint, load_model, sample, save_checkpoint
 from prepare import Tokenizer, load_dataset
-from sample import convert, convert_tokenizer, export_config, export_tokenizer
+from sample import (convert, convert_config, convert_tokenizer, export_config, export_tokenizer, join_weights,
+                    split_weights)
 
 HERE = Path(__file__).parent
 formula = pytest.mark.formula  # restates a formula of the model, and fails if that is changed
@@ -127,25 +128,6 @@ def test_a_config_file_runs_once_and_what_it_assigns_is_given_even_if_it_equals_
     _, given = configurator.configure('script.py', argv=['c.py', '--compile=false'])
     assert given == {'batch_size': 12, 'compile': False} and capsys.readouterr().out == 'runs\n'
 
-def test_a_field_that_may_be_none_works_but_is_refused_as_a_setting(empty, capsys):
-    @dataclasses.dataclass
-    class Windowed(GPTConfig):
-        window: 'int | None' = None
-
-    assert Windowed(window=3).window == 3 and Windowed().window is None
-    assert 'window is 2.5' in refusal(Windowed, window=2.5)
-    with pytest.raises(SystemExit):
-        configurator.configure(Windowed, argv=[])
-    assert 'Windowed.window = None cannot be a setting' in capsys.readouterr().err
-
-def test_a_log_whose_columns_change_keeps_its_rows(empty):
-    run = configurator.RunFolder('out', resume=False, bytes_needed=0)
-    run.log({'iter': 1, 'loss': 2.5})
-    run.log({'iter': 2, 'norm': 0.5, 'loss': 2.0})
-    run.keep_rows(lambda at, row: at < 3)
-    rows = [{'iter': '1', 'loss': '2.5', 'norm': ''}, {'iter': '2', 'loss': '2.0', 'norm': '0.5'}]
-    assert run.rows() == (['iter', 'loss', 'norm'], rows)
-
 # ----------------------------------------------------------------------------
 # hardware
 
@@ -195,18 +177,6 @@ def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability
         says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, ', '.join(archs))
         assert says in refusal(hardware.pick_device, 'cuda') and says in hardware.table()
 
-def test_a_card_that_does_not_fit_leaves_the_other_to_auto(machine, monkeypatch):
-    machine(gpu='cuda', archs=['sm_80'])
-    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', {'cuda:0': (6, 1), 'cuda:1': (8, 6)}.get)
-    assert hardware.pick_device() == hardware.pick_device('cuda') == 'cuda:1'
-
-@pytest.mark.parametrize('version, problem', [
-    ('2.9.0a0+145a3a7bda.nv25.10', False), ('2.13.0+cpu', False), ('2.8.1', True)])
-def test_only_the_release_number_of_pytorch_counts(machine, version, problem):
-    machine(version=version)
-    assert ('PyTorch 2.9 or later' in hardware.version_problem()) == problem
-
 GIB = 2 ** 30
 
 @pytest.mark.parametrize('limits, free, total', [
@@ -224,23 +194,6 @@ def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limits,
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
     facts = hardware.describe('cpu')
     assert (facts['free_gib'], facts['memory_gib'], hardware.cores()) == (free, total, 2)
-
-@pytest.mark.parametrize('gpu, wish, says', [
-    ('cuda', 'gpu', 'device gpu: unknown: the names are auto, cpu, cuda and cuda:1'),
-    ('cuda', 'cuda:7', 'device cuda:7: not here; use --device=cuda or --device=cpu'),
-    ('', 'cuda', 'device cuda: this PyTorch is built for the CPU alone; use --device=cpu; for a GPU: '),
-])
-def test_a_device_that_is_not_there_is_answered_with_those_that_are(machine, gpu, wish, says):
-    machine(gpu=gpu)
-    assert says in refusal(hardware.pick_device, wish).replace('cuda:0', 'cuda')
-
-def test_the_table_shows_each_card_and_what_is_missing_within_100_columns(machine, monkeypatch):
-    machine(gpu='cuda', archs=['sm_90'])
-    row = dict(name='NVIDIA H100 80GB HBM3', dtypes='float32 float16 bfloat16', free_gib=79, memory_gib=79)
-    monkeypatch.setattr(hardware, 'describe', lambda device: dict(row, device=device))
-    lines = hardware.table().splitlines()
-    assert lines[2] == 'cuda:0  79 of 79 GiB   float32 float16 bfloat16 NVIDIA H100 80GB HBM3 (9.0)'
-    assert 'XPU     this PyTorch is built for CUDA' in lines and max(map(len, lines)) == 100
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
     def fail(function):
@@ -260,38 +213,22 @@ def prepared(text=NASTY, **settings):
     """Prepares the text -> (data set, its tokenizer, all of its ids)"""
     Path('in.txt').write_bytes(text.encode())
     data = load_dataset(prepare.prepare('in.txt', **settings))
-    return data, Tokenizer(data.meta['tokenizer']), all_ids(data)
-
-def all_ids(data):
-    return np.concatenate([data.train, data.val])
+    return data, Tokenizer(data.meta['tokenizer']), np.concatenate([data.train, data.val])
 
 def text_of(folder):
     data = load_dataset(folder)
-    return Tokenizer(data.meta['tokenizer']).decode(all_ids(data))
+    return Tokenizer(data.meta['tokenizer']).decode([*data.train, *data.val])
 
 @pytest.mark.parametrize('tokenizer', ['char', 'bpe', 'gpt2'])
-def test_any_text_round_trips_exactly(empty, tokenizer):
+def test_any_text_round_trips_exactly_but_for_the_line_ends_of_windows(empty, monkeypatch, tokenizer):
+    monkeypatch.setattr(prepare, 'PIECE', 150)  # the tokens are those of the text in one piece
     try:
-        data, coder, ids = prepared(tokenizer=tokenizer, vocab_size=300)
+        data, coder, ids = prepared('\ufeff' + NASTY.replace('\n', '\r\n'), tokenizer=tokenizer, vocab_size=300)
     except ConnectionError as error:
         pytest.skip(str(error))
-    assert coder.decode(ids) == NASTY and coder.decode(coder.encode(WORDS)) == WORDS
+    assert coder.decode(ids) == NASTY and ids[:500].tolist() == coder.encode(NASTY)[:500]
     assert sum(data.meta['bytes'].values()) == len(NASTY.encode()) and coder.end_of_text not in ids
     assert tokenizer != 'gpt2' or coder.encode('hello world') == [31373, 995]
-
-def test_byte_order_marks_and_line_ends_of_windows_are_no_text(empty):
-    _, coder, ids = prepared('\ufeffA line\r\nand\ranother\n' * 9, tokenizer='char')
-    assert coder.decode(ids) == 'A line\nand\nanother\n' + '\ufeffA line\nand\nanother\n' * 8
-
-def test_text_in_pieces_gives_the_same_tokens_as_in_one(empty, monkeypatch):
-    monkeypatch.setattr(prepare, 'PIECE', 50)
-    text = WORDS * 30 + '\n  \n\n x\x1c y\u3000 z' * 9 + ' ' + 'x' * 500
-    _, coder, ids = prepared(text, tokenizer='bpe', vocab_size=400)
-    assert coder.decode(ids) == text and ids.tolist()[:700] == coder.encode(text)[:700]
-
-def test_a_million_blanks_in_a_row_are_a_text_like_any_other(empty):
-    Path('rows.jsonl').write_text(json.dumps({'text': 'a' + ' ' * 1_000_000 + 'b'}))
-    assert len(text_of(prepare.prepare('rows.jsonl', tokenizer='bpe', vocab_size=257).name)) == 1_000_002
 
 @pytest.mark.parametrize('tokenizer, between', [('bpe', '<|endoftext|>'), ('char', '\n')])
 def test_documents_are_separated(empty, tokenizer, between):
@@ -311,21 +248,18 @@ def test_a_folder_is_read_without_hidden_files_data_and_runs(empty, capsys):
     assert text_of('all') == '\n'.join(read)
     assert '2 text files, 3 others that are left out' in capsys.readouterr().out
 
-def test_documents_are_shuffled_before_validation_and_max_mb_cut_them(empty, capsys):
+def test_documents_are_shuffled_before_validation_and_max_mb_cut_them(empty):
     Path('texts').mkdir()
     for i in range(40):
-        Path(f'texts/{i:02}.txt').write_text('ab'[i // 20] * 50_000)
+        Path(f'texts/{i:02}.txt').write_text('ab'[i // 20] * 40_000)
 
-    def read(**settings):
+    def read(**settings):  # ids: 0 is the line between documents, 1 is a, 2 is b
         data = load_dataset(prepare.prepare('texts', tokenizer='char', overwrite=True, **settings))
-        return [''.join(map('\nab'.__getitem__, ids)) for ids in (data.val, data.train)]
+        return set(data.train.tolist()), set(data.val.tolist()), len(data.train)
 
-    val, train = read()
-    assert 'a' in val and 'b' in val and read() == [val, train]
-    assert 'the last 10% of 40 documents, shuffled' in capsys.readouterr().out
-    assert 'a' not in read(shuffle=False)[0]
-    val, train = read(max_mb=1)
-    assert len(val + train) < 1_100_000 and 'a' in train and 'b' in train
+    assert read()[1] == {0, 1, 2} and read(shuffle=False)[1] == {0, 2}
+    train, _, size = read(max_mb=1)
+    assert train == {0, 1, 2} and size < 1_000_000
 
 def test_a_url_is_read_and_kept(empty, monkeypatch):
     reply = requests.Response()
@@ -340,50 +274,27 @@ def test_a_pipe_is_read_once(empty):
     threading.Thread(target=lambda: Path('pipe').write_text(WORDS * 9, 'utf-8'), daemon=True).start()
     assert text_of(prepare.prepare('pipe', tokenizer='bpe', vocab_size=300).name) == WORDS * 9
 
-@pytest.mark.parametrize('line, says', [
-    ('["b"]', 'line 2 is not a JSON object'),
-    ('{"body": "b", "id": 3}', "row 2 has no text in column 'text': choose one of body, id"),
-    ('\xff', 'chat.jsonl is not UTF-8'),
-])
-def test_json_lines_hold_a_document_in_each_row(empty, line, says):
-    good = json.dumps({'text': 'a\r\nb \ud83d' * 20, 'n': 1})
+def test_json_lines_hold_a_document_in_each_row(empty):
+    good, bad = json.dumps({'text': 'a\r\nb \ud83d' * 20, 'n': 1}), '{"body": "b", "id": 3}'
     Path('chat.jsonl').write_text(f'\ufeff{good}\r\n\r\n{good}\n', 'utf-8')
     prepare.prepare('chat.jsonl', tokenizer='char')
     assert text_of('chat') == '\n'.join(['a\nb ?' * 20] * 2)
-    Path('chat.jsonl').write_text(f'{good}\n{line}\n', 'latin-1')
-    assert says in refusal(prepare.prepare, 'chat.jsonl', tokenizer='char', overwrite=True)
+    Path('bad.jsonl').write_text(f'{good}\n{bad}\n')
+    assert 'row 2 has no text in column \'text\': choose one of body, id' in refusal(prepare.prepare, 'bad.jsonl')
 
-def rows_in(monkeypatch, *attempts):
-    """`datasets`, whose load_dataset streams the rows of each attempt and then breaks off, but for the last
-    -> a list of the arguments it was called with"""
-    calls, left = [], list(attempts)
-
-    def load(*arguments, **options):
-        calls.append((arguments, options))
-        yield from ({'text': row} for row in left[0])
-        if len(left) > 1:
-            left.pop(0)
-            raise ConnectionError('dropped')
+def test_a_dropped_connection_goes_on_with_the_next_row_and_null_is_no_text(empty, monkeypatch):
+    def load(name, configuration, **options):
+        assert (name, configuration, options) == ('owner/tales', 'de', dict(split='test', streaming=True))
+        yield from rows[:left.pop(0)]
+        raise ConnectionError('dropped')
 
     monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load))
-    return calls
-
-def test_a_dropped_connection_goes_on_with_the_next_row_and_null_is_no_text(empty, monkeypatch, capsys):
-    rows = ['first row', None, 'second\r\nrow', '', 'third row']
-    calls = rows_in(monkeypatch, rows[:3], rows)
-    folder = prepare.prepare('hf:owner/tales/de@test:text', tokenizer='char', shuffle=False)
-    assert text_of(folder.name) == 'first row\nsecond\nrow\nthird row'
-    assert '2 rows without text' in capsys.readouterr().out
-    assert calls[1] == (('owner/tales', 'de'), dict(split='test', streaming=True))
-    rows_in(monkeypatch, *[rows] * 4)
+    rows, left = [{'text': text} for text in ('first row', None, 'second\r\nrow', '', 'third row')], [3, 5, 5]
     with pytest.raises(ConnectionError, match='after row 5 .*--max_mb'):
-        prepare.prepare('hf:owner/others')
-
-def test_a_table_is_read_by_datasets(empty, monkeypatch):
-    calls = rows_in(monkeypatch, ['from a table'])
-    Path('table.csv').touch()
-    assert text_of(prepare.prepare('table.csv').name) == 'from a table'
-    assert calls[0] == (('csv',), dict(data_files='table.csv', split='train', streaming=True))
+        prepare.prepare('hf:owner/tales/de@test:text')
+    monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    prepare.prepare('hf:owner/tales', name='tales', tokenizer='char', shuffle=False)
+    assert text_of('tales') == 'first row\nsecond\nrow\nthird row'
 
 def test_other_sources_or_settings_do_not_replace_a_data_set_unasked(empty):
     prepared('ab' * 200, tokenizer='char')
@@ -400,26 +311,6 @@ def test_what_fails_leaves_the_old_data_set_as_it_was(empty):
     assert {path: path.read_bytes() for path in Path('data/in').iterdir()} == before
     assert 'is not a file' in refusal(prepare.prepare, 'missing', name='x')
     assert not Path('data/x').exists()
-
-def test_a_data_set_may_lie_on_another_disk(empty, monkeypatch):
-    Path('data').mkdir()
-    Path('data/in').symlink_to(empty / 'elsewhere')  # a stand-in for another disk
-    replace = os.replace
-
-    def on_one_disk(old, new):
-        assert Path(old).resolve().is_relative_to(empty / 'elsewhere')
-        replace(old, new)
-
-    monkeypatch.setattr(os, 'replace', on_one_disk)
-    prepared('one ' * 99)
-    assert sorted(os.listdir('elsewhere')) == ['meta.json', 'train.bin', 'val.bin']
-
-def test_validation_holds_text_however_many_files_are_empty(empty):
-    Path('texts').mkdir()
-    Path('texts/0.txt').write_text('one two ' * 40)
-    for i in range(99):
-        Path(f'texts/e{i}.txt').write_text('\ufeff' * (i % 2), 'utf-8')
-    assert load_dataset(prepare.prepare('texts')).meta['bytes'] == {'train': 288, 'val': 32}
 
 def test_bytes_are_those_of_the_text_also_if_the_tokenizer_loses_some(empty, monkeypatch):
     monkeypatch.setattr(Tokenizer, 'encode', lambda self, text: [0] * len(text.split()))
@@ -564,13 +455,7 @@ def test_scores_depend_on_distance_alone_however_far_the_text_has_come():
 @pytest.mark.parametrize('name, millions', [('tiny', 10), ('small', 25), ('medium', 80), ('large', 350)])
 def test_presets_have_the_size_they_promise(name, millions):
     with torch.device('meta'):
-        model = create_model(name)
-    c = model.config
-    heads = 2 * c.n_head + 2 * c.n_kv_head  # q, k, v and the projection
-    per_layer = c.n_embd * heads * c.head_dim + 3 * c.n_embd * c.hidden_dim
-    gains = c.n_layer * (2 * c.n_embd + 2 * c.head_dim) + c.n_embd
-    assert model.n_params() == c.vocab_size * c.n_embd + c.n_layer * per_layer + gains
-    assert model.n_params() == pytest.approx(millions * 1e6, rel=0.1)
+        assert create_model(name).n_params() == pytest.approx(millions * 1e6, rel=0.1)
 
 @formula
 def test_the_loss_starts_near_log_vocab_size():
@@ -585,14 +470,6 @@ def test_a_future_token_cannot_change_an_earlier_logit(device):
     before, after = model(x, x)[0], model(changed, x)[0]
     assert_same(after[:, :10], before[:, :10])
     assert (before[:, 10:] - after[:, 10:]).abs().amax(dim=(0, 2)).min() > 0
-
-@pytest.mark.parametrize('changes, says', [
-    (dict(n_embd=100, n_head=12), 'n_embd 100 does not divide into n_head 12'),
-    (dict(n_kv_head=3), 'n_head 4 does not divide into n_kv_head 3'),
-    (dict(n_embd=32.0), 'n_embd is 32.0'),
-])
-def test_an_impossible_shape_is_refused_with_its_numbers(changes, says):
-    assert says in refusal(GPTConfig, **{**TINY, **changes})
 
 @formula
 def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
@@ -623,15 +500,6 @@ def test_muon_makes_a_matrix_nearly_orthogonal():
     values = made.diagonal(dim1=1, dim2=2)
     assert 0.1 < values.min() and values.max() < 1.4 and 0.8 < values.mean() < 1.1
     torch.testing.assert_close(made, values.diag_embed(), atol=1e-3, rtol=0)
-
-@formula
-@pytest.mark.parametrize('kind, part', [('adamw', 'model'), ('muon', 'blocks')])
-def test_matrices_decay_and_nothing_else_does(kind, part):
-    model = tiny(bias=True)
-    groups = make_optimizer(model, kind).param_groups
-    decaying = {p for group in groups if group['weight_decay'] for p in group['params']}
-    trained = model if part == 'model' else model.blocks
-    assert decaying == {p for p in trained.parameters() if p.dim() == 2}
 
 # ----------------------------------------------------------------------------
 # one mathematics: the fast paths, and what a reader adds to the model
@@ -671,13 +539,10 @@ def variant(monkeypatch, experiment=False, **options):
         monkeypatch.setattr(gpt, 'Block', Experts)
     return tiny(**options)
 
-@pytest.mark.parametrize('dtype, tolerance', [
-    (torch.float32, 5e-4), pytest.param(torch.bfloat16, 0.03, marks=formula)])  # experts may switch in bfloat16
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, options, dtype, tolerance):
+def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, options):
     model, x, targets = variant(monkeypatch, block_size=300, **options).train(), ids(2, 300), ids(2, 300, seed=2)
     targets[0, 100:] = -1  # do not count
-    model.compute_dtype = dtype
     monkeypatch.setattr(gpt, 'LARGE', 0)
     monkeypatch.setattr(gpt, 'MANY_LOGITS', 5000)  # slices of some hundred rows
 
@@ -687,14 +552,11 @@ def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, op
         logits, loss = model(x, targets)
         torch.manual_seed(0)
         sliced = model(x, targets, return_logits=False)[1]
-        assert_same(sliced, loss, tolerance)
-        gradients = torch.autograd.grad(sliced, list(model.parameters()))
-        if dtype == torch.bfloat16:  # the smallest of them are mostly rounding
-            gradients = [torch.cat([gradient.flatten() for gradient in gradients])]
-        return logits, loss, *gradients
+        assert_same(sliced, loss)
+        return logits, loss, *torch.autograd.grad(sliced, list(model.parameters()))
 
     for fast, slow in zip(compute(True), compute(False), strict=True):
-        assert_same(fast, slow, tolerance)
+        assert_same(fast, slow)
 
 @torch.no_grad()
 @pytest.mark.parametrize('device', DEVICES)
@@ -702,6 +564,8 @@ def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, op
 def test_cached_equals_uncached_whatever_the_chunks(monkeypatch, options, device):
     model = variant(monkeypatch, block_size=300, device=device, **options)  # the cache grows from 128 to 300
     x, chunks = ids(3, 300).to(device), [5, 1, 1, 93, 60, *[1] * 40, 99, 1]
+    with torch.enable_grad():
+        gpt.check_model(model)
     for fast, rows in itertools.product((False, True), (1, 3)):
         monkeypatch.setattr(gpt, 'FAST', fast)
         gpt.fast_layout(model, by_columns=True)
@@ -714,6 +578,8 @@ def test_whatever_parameter_is_added_is_trained_and_survives_a_resume(empty, mon
     variant(monkeypatch, **options)  # from now on
     model = gpt.GPT(GPTConfig(**TINY))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in ('head.weight', 'blocks.1.experts', 'blocks.1.gain') if options else ():  # as initialised
+        assert torch.equal(before[name], start(*before[name].shape))
     optimizer = make_optimizer(model, kind)
     for _ in range(3):  # behind a matrix of zeros the first has no gradient
         update(model, optimizer)
@@ -727,12 +593,6 @@ def test_whatever_parameter_is_added_is_trained_and_survives_a_resume(empty, mon
     update(resumed, resumed_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
-def test_a_parameter_starts_as_it_is_initialised(monkeypatch):
-    variant(monkeypatch, **EXPERIMENT)
-    weights = gpt.GPT(GPTConfig(**TINY)).state_dict()
-    for name in ('head.weight', 'blocks.1.experts', 'blocks.1.gain'):
-        assert torch.equal(weights[name], start(*weights[name].shape))
-
 def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     model = tiny()
     some = lambda model, settings: [torch.optim.SGD(list(model.blocks.parameters()), lr=0.1)]
@@ -742,21 +602,14 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     assert 'is in 2 groups' in refusal(make_optimizer, model, 'twice')
 
 def test_one_line_adds_an_optimizer_whose_options_stay_its_own_on_resume(monkeypatch):
-    def several(model, settings):
-        hidden, others = gpt.hidden_and_other(model)
-        return [torch.optim.Muon(hidden, lr=settings['muon_learning_rate']), torch.optim.SGD(others, lr=0.1)]
-
-    monkeypatch.setitem(gpt.OPTIMIZERS, 'several', several)
+    sgd = lambda model, settings: [torch.optim.SGD(model.parameters(), settings['learning_rate'], momentum=0.9)]
+    monkeypatch.setitem(gpt.OPTIMIZERS, 'sgd', sgd)
     model = tiny()
-    optimizer = make_optimizer(model, 'several')
+    optimizer = make_optimizer(model, 'sgd')
     update(model, optimizer)
-    again = make_optimizer(model, 'several', muon_learning_rate=0.5)
+    again = make_optimizer(model, 'sgd', learning_rate=0.5)
     again.load_state_dict(optimizer.state_dict())
-    assert [group['peak_lr'] for group in again.param_groups] == [0.5, 0.1]
-
-@pytest.mark.parametrize('options', VARIANTS, ids=str)
-def test_the_model_agrees_with_itself(monkeypatch, options):
-    gpt.check_model(variant(monkeypatch, **options))
+    assert again.param_groups[0]['peak_lr'] == 0.5 and len(again.parts[0].state) == len(list(model.parameters()))
 
 @pytest.mark.parametrize('change, says', [
     (lambda x: x + F.pad(x, (0, 0, 1, -1)), 'sampling differs'),  # a step of the cache has no position before
@@ -772,28 +625,6 @@ def test_blocks_that_run_twice_sample_as_they_train():
     model = tiny()
     model.blocks = nn.ModuleList([*model.blocks, *model.blocks])
     gpt.check_model(model)
-
-@pytest.mark.parametrize('kind', ['muon', 'adamw'])
-def test_generating_between_updates_changes_none(kind):
-    weights = []
-    for generates in (False, True):
-        model = tiny()
-        optimizer = make_optimizer(model, kind)
-        for _ in range(3):
-            update(model, optimizer)
-            if generates:
-                model.generate(ids(1, 3), 3)
-        weights.append(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-def test_a_scaler_skips_the_whole_step_where_a_gradient_is_infinite():
-    model, x = tiny(), ids(2, 9)
-    optimizer, scaler = make_optimizer(model, 'muon'), torch.amp.GradScaler('cpu')
-    before = [p.detach().clone() for p in model.parameters()]
-    scaler.scale(model(x, x)[1]).backward()
-    model.embedding.weight.grad[0, 0] = math.inf
-    scaler.step(optimizer)
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 def test_gradient_checkpointing_keeps_less_than_half_for_backward():
     kept = []
@@ -816,12 +647,6 @@ def test_a_checkpoint_comes_back_equal(empty):
     save_checkpoint('c.pt', checkpoint(model))
     again = load_model(load_checkpoint('c.pt')).eval()
     assert torch.equal(model(x, x)[0], again(x, x)[0]) and os.listdir() == ['c.pt']
-
-@formula
-def test_the_tied_weights_of_a_loaded_model_are_one_tensor():
-    model, x = load_model(checkpoint(tiny())), ids(2, 16)
-    model.embedding.weight.data[3] += 1  # moves input and output alike
-    assert torch.equal(model(x, x)[0], model.trunk(x) @ model.embedding.weight.T)
 
 class Hostile:
     def __reduce__(self):
@@ -981,37 +806,34 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one_bit_for_bit(runs,
     assert_same_run(runs.folder / kind, runs.folder / f'cut-{kind}')
 
 def updates_lost(kills, *flags):
-    """Runs until done, killed so many times at random moments -> how many updates were lost each time"""
-    rng, lost, seen, checkpoint = random.Random(kills), [], 0, Path('out/ckpt.pt')
-    for life in range(kills + 1):
-        first = '--resume' if checkpoint.exists() else 'tiny.py'
-        with process(script('train.py', first, *flags)) as child:
-            lines = itertools.islice(child.stdout, rng.randint(8, 20) if life < kills else None)
-            said = ''.join(lines)  # 6 or so precede update 1
-            if life < kills:
-                time.sleep(rng.uniform(0, 0.06))  # seconds: two or three updates, or the middle of a save
-                child.kill()
-            rest, err = child.communicate(timeout=60)
-            assert child.returncode == (-signal.SIGKILL if life < kills else 0), err
-        seen = max([seen, *map(int, re.findall(r'^ *(\d+)/', said + rest, re.M))])
-        lost.append(seen - (update_of(checkpoint) if checkpoint.exists() else 0))
+    """Runs until done, killed so many times at random moments -> the most updates that a kill has cost"""
+    rng, lost, checkpoint = random.Random(kills), 0, Path('out/ckpt.pt')
+    for _ in range(kills):
+        with process(script('train.py', '--resume' if checkpoint.exists() else 'tiny.py', *flags)) as child:
+            said = ''.join(itertools.islice(child.stdout, rng.randint(12, 24)))  # 6 or so precede update 1
+            time.sleep(rng.uniform(0, 0.06))  # seconds: two or three updates, or the middle of a save
+            child.kill()
+            said += child.stdout.read()
+        updates = re.findall(r'^ *(\d+)/', said, re.M)
+        lost = max(lost, int(updates[-1]) - update_of(checkpoint))
     return lost
 
 @pytest.mark.parametrize('kills', [1, pytest.param(int(os.getenv('KILLS', 200)), marks=pytest.mark.long)])
 def test_a_killed_run_loses_at_most_one_interval_and_ends_the_same(place, kills):
     shutil.rmtree('out')
-    flag = f'--max_iters={30 * kills}'
-    assert max(updates_lost(kills, flag)) <= 3
+    flag = f'--max_iters={40 * kills}'
+    assert updates_lost(kills, flag) <= 3
+    call_script('train.py', '--resume', flag)
     call_script('train.py', 'tiny.py', '--out_dir=unbroken', flag)
     assert_same_run('unbroken', 'out')
 
 def test_a_failed_evaluation_costs_no_update_and_is_made_first_on_resume(place, monkeypatch):
     def fail(*_):
-        raise RuntimeError('simulated')
+        raise ValueError('simulated')
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='simulated'):
+    with monkeypatch.context() as patch:
         patch.setattr(prepare, 'val_batches', fail)
-        call_script('train.py', 'tiny.py')
+        call_script('train.py', 'tiny.py', status=2)
     assert update_of('out/ckpt.pt') == 3 and not Path('out/best.pt').exists()
     out, _ = call_script('train.py', '--resume', '--max_iters=4')
     assert out.index('start ') < out.index('        validation ') < out.index('4/4 ')
@@ -1021,14 +843,6 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(empty, name):
     Path('torch.py').write_text('import signal\nsignal.raise_signal(signal.SIGINT)')
     with process(script(name)) as child:
         assert child.communicate(timeout=60) == ('', '') and child.returncode == 130
-
-def test_a_second_ctrl_c_stops_at_once(place, monkeypatch):
-    monkeypatch.setattr(os, '_exit', sys.exit)
-    calls = itertools.count(1)
-    # in both forwards of update 1, after those of the trial
-    at_forward(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT) if next(calls) > 6 else None)
-    call_script('train.py', 'tiny.py', status=130)
-    assert not Path('out/ckpt.pt').exists()
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
     first = configurator.RunFolder('out', resume=True, bytes_needed=0)
@@ -1097,26 +911,21 @@ def test_without_disk_or_memory_the_last_checkpoint_stays(place, monkeypatch, ow
     ('train.py tiny.py --tokens_per_update=200', '128 or 256'),
     ('train.py tiny.py --n_head=3', 'n_embd 32 does not divide into n_head 3'),
     ('train.py tiny.py --block_size=5000', '1,160 tokens'),
-    ('train.py tiny.py --dataset=nothing', 'run "python prepare.py'),
     ('train.py tiny.py --dataset=damaged', 'damaged (prepared: '),
     ('train.py --resume', 'already finished (40 of 40'),
     ('train.py --resume --n_layer=3', 'n_layer is 2'),
     ('train.py --resume --optimizer=adamw', 'another optimizer'),
     ('train.py --resume --dataset=more', 'sha256'),
-    ('train.py --resume --dataset=words', 'different tokenizers'),
     ('sample.py --out_dir=tiny.py', 'not a checkpoint'),
-    ('sample.py --temperature=-1', 'temperature is -1'),
-    ('prepare.py odd.txt', 'odd.txt is not UTF-8'),
     ('prepare.py tiny.py --name=../x', 'cannot name a data set'),
     ('prepare.py tiny.py --val_fraction=2', 'val_fraction is 2'),
     ('prepare.py tiny.py --tokenizer=plain', 'does not know the character'),
     ('prepare.py a\x1b[31m\u202ez', 'a\\x1b[31m\\u202ez is not a file'),
 ])
 def test_a_mistake_is_refused_in_one_line_before_anything_is_written(place, command, says):
-    Path('odd.txt').write_bytes('text'.encode('utf-16'))
     Path('in.txt').write_text(TEXT * 300)
-    for name, tokenizer in ('more', 'char'), ('words', 'bpe'), ('damaged', 'char'):
-        prepare.prepare('in.txt', name=name, tokenizer=tokenizer)
+    for name in 'more', 'damaged':
+        prepare.prepare('in.txt', name=name)
     os.truncate('data/damaged/val.bin', 10)
     before = sorted(place.rglob('[!.]*'))
     _, err = call_script(*command.split(), status=2)
@@ -1158,10 +967,7 @@ def test_the_trial_leaves_the_model_as_it_was(place, monkeypatch):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.register_buffer('calls', torch.zeros(()))
-
-        def forward(self, *arguments):
-            self.calls += self.training
-            return super().forward(*arguments)
+            self.register_forward_pre_hook(lambda self, _: self.calls.add_(self.training))
 
     monkeypatch.setattr(gpt, 'MLP', Counting)
     call_script('train.py', 'tiny.py', '--max_iters=1')
@@ -1344,11 +1150,6 @@ def test_sampling_needs_the_checkpoint_alone_and_goes_on_past_the_window(runs, e
     assert all(len(text) == 71 for text in texts[:2])  # a file is not repeated
     assert 'sees the last 64' in err
 
-def test_the_best_checkpoint_of_a_folder_is_taken_or_else_the_latest(place):
-    assert 'out/best.pt: update' in call_script('sample.py', '--max_new_tokens=1')[1]
-    os.remove('out/best.pt')
-    assert 'out/ckpt.pt: update' in call_script('sample.py', '--max_new_tokens=1')[1]
-
 def test_equal_seeds_give_equal_text_and_no_seed_gives_other_text(place):
     texts = [call_script('sample.py', '--max_new_tokens=40', f'--seed={seed}')[0] for seed in (3, 3, 0, 0)]
     assert texts[0] == texts[1] and len(set(texts)) == 3
@@ -1415,25 +1216,11 @@ def foreign(folder, family='qwen3'):
     export_tokenizer(CHARS).save(f'{folder}/tokenizer.json')
     return model.eval()
 
-@pytest.fixture(scope='session')
-def original(tmp_path_factory):
-    path = tmp_path_factory.mktemp('foreign')
-    foreign(path)
-    return path
-
-@pytest.fixture
-def folder(original, empty):
-    """'small', a Hugging Face folder in the current folder"""
-    shutil.copytree(original, 'small')
-    return Path('small')
-
 @formula
 @torch.no_grad()
 @pytest.mark.parametrize('shape', [
-    dict(n_kv_head=1),
     dict(n_head=3, n_kv_head=1, n_embd=42, mlp_ratio=1.3, n_layer=3),
-    dict(head_dim=22, rope_theta=5e4, norm_eps=1e-5, qk_norm=False, bias=True),
-], ids=str)
+    dict(head_dim=22, rope_theta=5e4, norm_eps=1e-5, qk_norm=False, bias=True)], ids=str)
 def test_an_exported_model_says_the_same_in_transformers(empty, shape):
     from transformers import AutoModelForCausalLM
     model, x = tiny(vocab_size=51, block_size=64, **shape), ids(1, 10)
@@ -1496,7 +1283,8 @@ def test_the_file_for_llama_cpp_holds_the_model_and_spells_every_character(empty
     assert file.fields['tokenizer.ggml.eos_token_id'].contents() == 51
 
 @formula
-def test_the_commands_that_a_conversion_prints_finetune_the_model(folder):
+def test_the_commands_that_a_conversion_prints_finetune_the_model(empty):
+    foreign('small')
     Path('my.txt').write_text('The lazy dog' * 200)
     out, _ = call_script('sample.py', '--from_hf=small')
     sampling, preparing, training = re.findall(r'python (.*)', out)
@@ -1508,19 +1296,13 @@ def test_the_commands_that_a_conversion_prints_finetune_the_model(folder):
     before, after = load_checkpoint('out-small'), converted('small-2')
     assert all(before[name] == after[name] for name in ('model_config', 'tokenizer'))
 
-@pytest.mark.parametrize('option', ['use_rms_norm', 'use_swiglu', 'bias'])
-def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(empty, option):
-    pytest.importorskip('gguf')
-    model = tiny(vocab_size=51, **{option: option == 'bias'})
-    save_checkpoint('model.pt', checkpoint(model, tokenizer=CHARS))
-    _, err = call_script('sample.py', '--out_dir=model.pt', '--to_hf=there', status=2)
-    assert err.count('\n') == 1 and option in err and os.listdir() == ['model.pt']
-
-def test_a_field_that_export_does_not_know_is_refused_unless_it_has_its_default():
+@pytest.mark.parametrize('option, value', [
+    ('use_rms_norm', False), ('use_swiglu', False), ('bias', True), ('soft_cap', 1.0)])
+def test_what_cannot_be_exported_is_refused_by_name(option, value):
     soft_cap = ('soft_cap', float, dataclasses.field(default=30.0))
     Changed = dataclasses.make_dataclass('Changed', [soft_cap], bases=(GPTConfig,))
     assert export_config(Changed()) == export_config(GPTConfig())
-    assert 'soft_cap is 0.0' in refusal(export_config, Changed(soft_cap=0.0))
+    assert option in refusal(export_config, Changed(**{option: value}))
 
 @pytest.mark.parametrize('changes, says', [
     (dict(model_type='gpt2'), 'model_type'),
@@ -1529,35 +1311,32 @@ def test_a_field_that_export_does_not_know_is_refused_unless_it_has_its_default(
     (dict(rope_scaling={'type': 'linear', 'factor': 2.0}, rope_parameters=None), 'rope_type'),
     (dict(layer_types=['full_attention', 'sliding_attention']), 'layer_types'),
     (dict(intermediate_size=100), 'intermediate_size'),
-    pytest.param(dict(num_attention_heads=6), 'q_proj', marks=formula),
-    (dict(eos_token_id=64), 'begins or ends with 64'),
 ])
-def test_a_shape_that_does_not_exist_here_is_refused_by_name(folder, changes, says):
-    config = json.loads(Path('small/config.json').read_text())
-    Path('small/config.json').write_text(json.dumps(config | changes))
-    assert says in refusal(convert, folder) and not Path('out-small').exists()
+def test_a_shape_that_does_not_exist_here_is_refused_by_name(changes, says):
+    theirs = export_config(GPTConfig())
+    assert convert_config(theirs) == GPTConfig(mlp_ratio=1024 / 384)
+    assert says in refusal(convert_config, theirs | changes)
 
 @formula
 @pytest.mark.parametrize('name, says', [
     ('lm_head.weight', 'lm_head.weight is not the embedding'),
     ('model.layers.0.self_attn.sinks', 'no place for model.layers.0.self_attn.sinks'),
+    ('model.norm.weight', 'model.norm.weight is torch.float32'),
 ])
-def test_a_tensor_that_is_left_over_is_refused_by_name(folder, name, says):
-    from safetensors.torch import load_file, save_file
-    index = json.loads((folder / 'model.safetensors.index.json').read_text())
-    path = folder / index['weight_map']['model.embed_tokens.weight']
-    weights = load_file(path)
-    save_file(weights | {name: weights['model.embed_tokens.weight'] + 1}, path)
-    assert says in refusal(convert, folder)
+def test_a_tensor_of_another_model_is_refused_by_name(name, says):
+    model, theirs = tiny(), {}
+    for group in split_weights(model.config, model.state_dict()).values():
+        theirs |= group
+    assert says in refusal(join_weights, model.config, theirs | {name: torch.ones(50, 32)})
 
-def test_a_folder_is_not_overwritten_and_a_missing_one_named_with_its_download(folder):
-    Path('out-small').mkdir()
-    Path('out-small/ckpt.pt').touch()
-    assert 'out-small/ckpt.pt exists' in refusal(convert, folder)
+def test_a_folder_is_not_overwritten_and_a_missing_one_named_with_its_download(empty):
+    for path in 'small/config.json', 'small/tokenizer.json', 'out-small/ckpt.pt':
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    assert 'out-small/ckpt.pt exists' in refusal(convert, Path('small'))
     assert 'run "python sample.py --from_hf=small" first' in refusal(load_checkpoint, 'small')
     says = 'run "hf download HF/Smol-135M --local-dir Smol-135M", then "python sample.py --from_hf=Smol-135M"'
     assert says in refusal(load_checkpoint, 'HF/Smol-135M')
-    assert 'hf download OWNER/missing' in refusal(convert, Path('missing'))
 
 @pytest.fixture
 def words(empty):
@@ -1571,18 +1350,13 @@ def words(empty):
     return write
 
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
-BLANK = {'type': 'Prepend', 'prepend': '▁'}
-BOS = dict(
-    type='TemplateProcessing', pair=[], special_tokens={'<s>': {'id': '<s>', 'ids': [0], 'tokens': ['<s>']}},
-    single=[{'SpecialToken': {'id': '<s>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}])
 
 @pytest.mark.parametrize('changes, model, says', [
     (dict(), dict(byte_fallback=True), 'byte_fallback'),
-    (dict(normalizer=BLANK), dict(), 'Prepend'),
+    (dict(normalizer={'type': 'Prepend', 'prepend': '▁'}), dict(), 'Prepend'),
     (dict(pre_tokenizer=BYTE_LEVEL), dict(), 'add_prefix_space'),
-    (dict(post_processor=BOS), dict(), 'BOS'),
 ])
-def test_a_tokenizer_that_changes_text_or_adds_to_it_is_refused_with_the_reason(words, changes, model, says):
+def test_a_tokenizer_that_changes_text_is_refused_with_the_reason(words, changes, model, says):
     assert says in refusal(convert_tokenizer, words(changes, **model))
 
 def test_a_tokenizer_is_the_same_whichever_version_of_a_program_saved_it_and_neither_pads_nor_cuts(words):
@@ -1598,19 +1372,6 @@ def test_a_tokenizer_is_the_same_whichever_version_of_a_program_saved_it_and_nei
     coder = Tokenizer(convert_tokenizer(Path('.')))
     assert convert_tokenizer(Path('.')) == first and coder.decode(coder.encode(WORDS * 9)) == WORDS * 9
 
-@formula
-def test_another_program_finds_again_what_it_knew_of_a_model_that_came_in(words):
-    from transformers import AutoTokenizer, GenerationConfig
-    words()
-    Path('config.json').write_text('{"bos_token_id": 3, "eos_token_id": 7}')
-    Path('generation_config.json').write_text('{"eos_token_id": [7, 5]}')
-    Path('chat_template.jinja').write_text('{{ messages[0].content }}!')
-    exported(tiny(vocab_size=300), tokenizer=convert_tokenizer(Path('.')))
-    tokenizer, generation = AutoTokenizer.from_pretrained('there'), GenerationConfig.from_pretrained('there')
-    assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'Hey'}], tokenize=False) == 'Hey!'
-    assert (tokenizer.bos_token_id, generation.bos_token_id, generation.eos_token_id) == (3, 3, [7, 5])
-    assert len({path.stat().st_mode for path in Path('there').iterdir()}) == 1
-
 def test_a_text_stops_at_any_of_its_ends_and_comes_in_whole_characters(words, monkeypatch):
     Path('config.json').write_text('{"eos_token_id": [7, 5]}')
     meta = convert_tokenizer(words())
@@ -1625,12 +1386,10 @@ def test_a_text_stops_at_any_of_its_ends_and_comes_in_whole_characters(words, mo
 @pytest.mark.parametrize('package, command', [
     ('datasets', 'prepare.py hf:owner/tales'),
     ('gguf', 'sample.py --to_hf=there'),
-    ('safetensors', 'sample.py --from_hf=small'),
 ])
-def test_a_package_that_is_missing_is_named(folder, package, command):
-    _, err = call_script(*command.split(), status=2, **{package: None, f'{package}.torch': None})
-    assert re.search(f'pip install .*{package}', err)
-    assert not Path('there').exists() and not Path('out-small').exists()
+def test_a_package_that_is_missing_is_named(place, package, command):
+    _, err = call_script(*command.split(), status=2, **{package: None})
+    assert f'pip install {package}' in err and not Path('there').exists()
 
 # ----------------------------------------------------------------------------
 # the README
