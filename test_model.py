@@ -20,9 +20,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +31,7 @@ import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import configurator
 import hardware
@@ -40,8 +39,7 @@ import model as gpt
 import prepare
 from model import GPT, GPTConfig, KVCache, create_model, load_checkpoint, load_model, sample, save_checkpoint
 from prepare import Tokenizer, load_dataset
-from sample import (convert, convert_config, convert_tokenizer, export_config, export_tokenizer, join_weights,
-                    split_weights)
+from sample import convert, convert_config, export_config, export_tokenizer, plain_tokenizer
 
 HERE = Path(__file__).parent
 formula = pytest.mark.formula  # restates a formula of the model, and fails if that is changed
@@ -138,7 +136,8 @@ def machine(monkeypatch):
              works=True):
         facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True)
         card = dict(get_device_properties=facts, get_device_capability=capability, get_arch_list=archs)
-        accelerator = dict(current_accelerator=torch.device(gpu) if gpu else None, is_available=works, device_count=1)
+        there = torch.device(gpu) if gpu else None
+        accelerator = dict(current_accelerator=there, is_available=works, device_count=1)
         monkeypatch.setattr(torch, 'version', SimpleNamespace(hip=hip, cuda=not hip))
         monkeypatch.setattr(torch, '__version__', type(torch.__version__)(version))
         monkeypatch.setattr(hardware, 'proc', lambda path, field: flags)
@@ -165,35 +164,27 @@ def test_auto_takes_the_best_device_and_only_a_real_dtype(machine, facts, device
     assert (hardware.pick_device(), hardware.pick_dtype(device)) == (device, dtype)
 
 @pytest.mark.parametrize('capability, archs, runs', [
-    ((8, 6), ['sm_80'], True), ((8, 0), ['sm_86'], False), ((9, 0), ['sm_80', 'sm_100'], False),
-    ((12, 0), ['sm_90', 'compute_90'], True), ((8, 9), ['sm_90', 'compute_90'], False),
-    ((10, 0), ['sm_90a', 'compute_90a'], False), ((10, 3), ['sm_100f'], True), ((5, 0), [], True),
-])
+    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((8, 9), 'compute_90', False),
+    ((12, 0), 'compute_90', True), ((10, 0), 'compute_90a', False), ((10, 3), 'sm_100f', True)])
 def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability, archs, runs):
-    """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities; [] is a build that doesn't say."""
-    machine(gpu='cuda', capability=capability, archs=archs)
+    """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities."""
+    machine(gpu='cuda', capability=capability, archs=[archs])
     assert hardware.pick_device() == ('cuda' if runs else 'cpu')
     if not runs:
-        says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, ', '.join(archs))
+        says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, archs)
         assert says in refusal(hardware.pick_device, 'cuda') and says in hardware.table()
 
-GIB = 2 ** 30
-
-@pytest.mark.parametrize('limits, free, total', [
-    ({'memory.max': 'max', 'memory.current': GIB}, 6, 8),
-    ({'memory.max': 4 * GIB, 'memory.current': GIB}, 3, 4),
-    ({'memory/memory.limit_in_bytes': 4 * GIB, 'memory/memory.usage_in_bytes': 3 * GIB}, 1, 4),
-])
-def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limits, free, total):
-    for name, value in {**limits, 'cpu.max': '150000 100000'}.items():
+@pytest.mark.parametrize('limit, used', [
+    ('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')])
+def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, used):
+    for name, value in {limit: 4 * 2**30, used: 2**30, 'cpu.max': '150000 100000'}.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(f'{value}\n')
-    system = {'MemAvailable': 6 * GIB, 'MemTotal': 8 * GIB}
+    system = {'MemAvailable': 6 * 2**30, 'MemTotal': 8 * 2**30}
     monkeypatch.setattr(hardware, 'CGROUP', empty)
     monkeypatch.setattr(hardware, 'proc', lambda path, field: system.get(field, ''))
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
-    facts = hardware.describe('cpu')
-    assert (facts['free_gib'], facts['memory_gib'], hardware.cores()) == (free, total, 2)
+    assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
     def fail(function):
@@ -206,7 +197,8 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
 # data
 
 WORDS = 'The quick brown fox, 12 of them, didn\'t jump over the dog.\nשלום עולם e\u0301 👩‍👩‍👧 naïve\n\t'
-ODD = ''.join(map(chr, [*range(13), *range(14, 32), *range(127, 161)])) + '\u0301\u0627\u200d\u2028\u3000\ufeff\U0010ffff'
+CONTROLS = [*range(13), *range(14, 32), *range(127, 161)]  # all but \r
+ODD = ''.join(map(chr, CONTROLS)) + '\u0301\u0627\u200d\u2028\u3000\ufeff\U0010ffff'
 NASTY = f'\x1b[2J{WORDS * 20}{ODD} <|endoftext|> 中文字' + ' ' * 30 + '\n\n' * 5 + 'end'
 
 def prepared(text=NASTY, **settings):
@@ -223,7 +215,8 @@ def text_of(folder):
 def test_any_text_round_trips_exactly_but_for_the_line_ends_of_windows(empty, monkeypatch, tokenizer):
     monkeypatch.setattr(prepare, 'PIECE', 150)  # the tokens are those of the text in one piece
     try:
-        data, coder, ids = prepared('\ufeff' + NASTY.replace('\n', '\r\n'), tokenizer=tokenizer, vocab_size=300)
+        windows = '\ufeff' + NASTY.replace('\n', '\r\n')
+        data, coder, ids = prepared(windows, tokenizer=tokenizer, vocab_size=300)
     except ConnectionError as error:
         pytest.skip(str(error))
     assert coder.decode(ids) == NASTY and ids[:500].tolist() == coder.encode(NASTY)[:500]
@@ -269,18 +262,13 @@ def test_a_url_is_read_and_kept(empty, monkeypatch):
         prepare.prepare('https://a/words.txt?raw', tokenizer=tokenizer, overwrite=True)
         assert text_of('words') == WORDS
 
-def test_a_pipe_is_read_once(empty):
-    os.mkfifo('pipe')
-    threading.Thread(target=lambda: Path('pipe').write_text(WORDS * 9, 'utf-8'), daemon=True).start()
-    assert text_of(prepare.prepare('pipe', tokenizer='bpe', vocab_size=300).name) == WORDS * 9
-
 def test_json_lines_hold_a_document_in_each_row(empty):
     good, bad = json.dumps({'text': 'a\r\nb \ud83d' * 20, 'n': 1}), '{"body": "b", "id": 3}'
     Path('chat.jsonl').write_text(f'\ufeff{good}\r\n\r\n{good}\n', 'utf-8')
     prepare.prepare('chat.jsonl', tokenizer='char')
     assert text_of('chat') == '\n'.join(['a\nb ?' * 20] * 2)
     Path('bad.jsonl').write_text(f'{good}\n{bad}\n')
-    assert 'row 2 has no text in column \'text\': choose one of body, id' in refusal(prepare.prepare, 'bad.jsonl')
+    assert "row 2 has no text in column 'text': choose one of body" in refusal(prepare.prepare, 'bad.jsonl')
 
 def test_a_dropped_connection_goes_on_with_the_next_row_and_null_is_no_text(empty, monkeypatch):
     def load(name, configuration, **options):
@@ -304,26 +292,10 @@ def test_other_sources_or_settings_do_not_replace_a_data_set_unasked(empty):
     prepare.prepare('other.txt', name='in', overwrite=True)
     assert text_of('in') == 'cd' * 200
 
-def test_what_fails_leaves_the_old_data_set_as_it_was(empty):
-    prepared('ab' * 200)
-    before = {path: path.read_bytes() for path in Path('data/in').iterdir()}
-    assert 'too little text' in refusal(prepare.prepare, 'in.txt', val_fraction=1e-9, overwrite=True)
-    assert {path: path.read_bytes() for path in Path('data/in').iterdir()} == before
-    assert 'is not a file' in refusal(prepare.prepare, 'missing', name='x')
-    assert not Path('data/x').exists()
-
 def test_bytes_are_those_of_the_text_also_if_the_tokenizer_loses_some(empty, monkeypatch):
     monkeypatch.setattr(Tokenizer, 'encode', lambda self, text: [0] * len(text.split()))
     data, _, _ = prepared('naïve words\n' * 100)
     assert data.meta['bytes'] == {'train': 13 * 90, 'val': 13 * 10}
-
-def test_two_preparations_at_once_share_one(empty, capsys):
-    both = [threading.Thread(target=prepare.prepare, args=('pydoc',)) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join()
-    assert capsys.readouterr().out.count('char tokenizer, vocabulary of') == 1
 
 def test_an_epoch_reads_every_window_once_and_the_next_one_another_way():
     starts = prepare.window_starts(0, 2 * 9, 1000, 100, seed=1)  # 9 windows an epoch
@@ -462,15 +434,6 @@ def test_the_loss_starts_near_log_vocab_size():
     model, x = create_model('tiny', vocab_size=500, n_layer=3), torch.randint(500, (4, 65))
     assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(math.log(500), abs=0.1)
 
-@pytest.mark.parametrize('device', DEVICES)
-def test_a_future_token_cannot_change_an_earlier_logit(device):
-    model, x = tiny(device=device), ids(2, 16).to(device)
-    changed = x.clone()
-    changed[:, 10] = (x[:, 10] + 1) % 50
-    before, after = model(x, x)[0], model(changed, x)[0]
-    assert_same(after[:, :10], before[:, :10])
-    assert (before[:, 10:] - after[:, 10:]).abs().amax(dim=(0, 2)).min() > 0
-
 @formula
 def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
     def inverse_root(gram):  # as torch's Muon has it; ours is checked below
@@ -481,7 +444,8 @@ def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
         return root
 
     monkeypatch.setattr(gpt, 'inverse_root', inverse_root)
-    start, grad = torch.randn(64, 32), F.normalize(torch.randn(64, 32))  # rows of norm 1, which ours makes of any
+    start = torch.randn(64, 32)
+    grad = F.normalize(torch.randn(64, 32))  # rows of norm 1, which ours makes of any
     ours, theirs = nn.Parameter(start.clone()), [nn.Parameter(part.clone()) for part in start.chunk(4)]
     ours.parts, ours.grad = 4, grad * torch.rand(64, 1) * 9
     for p, part in zip(theirs, grad.chunk(4)):
@@ -507,41 +471,32 @@ def test_muon_makes_a_matrix_nearly_orthogonal():
 def start(*shape):
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
-class Head(gpt.GPT):
-    """A head of its own, and a soft cap, which is learned, on the logits."""
-    def __init__(self, config, *others):
-        super().__init__(config, *others)
-        self.head.weight = nn.Parameter(start(config.vocab_size, config.n_embd))
-        self.cap = nn.Parameter(1 + start())
-
-    def logits(self, x):
-        return self.cap * torch.tanh(super().logits(x) / self.cap)
-
-class Experts(gpt.Block):
-    """Three experts in one 3-D weight, after a gain."""
+class Added(gpt.Block):
+    """What a reader might add: three experts in one 3-D weight, a gain for each channel and one for all."""
     def __init__(self, config, *others):
         super().__init__(config, *others)
         self.experts = nn.Parameter(start(3, config.n_embd, config.n_embd))
         self.gain = nn.Parameter(start(config.n_embd))
+        self.scale = nn.Parameter(1 + start())
 
     def forward(self, x, *others):
-        return super().forward(x + torch.einsum('btc,ecd->btd', x * self.gain, self.experts), *others)
+        more = torch.einsum('btc,ecd->btd', x * self.gain * self.scale, self.experts)
+        return super().forward(x + more, *others)
 
-EXPERIMENT = dict(experiment=True)
 VARIANTS = [
     dict(), dict(n_kv_head=1), dict(n_kv_head=4, bias=True), dict(gradient_checkpointing=True, dropout=0.2),
-    dict(use_rms_norm=False, use_swiglu=False, bias=True, qk_norm=False), EXPERIMENT]
+    dict(use_rms_norm=False, use_swiglu=False, bias=True, qk_norm=False), dict(added=True)]
 
-def variant(monkeypatch, experiment=False, **options):
+def variant(monkeypatch, added=False, **options):
     """A tiny model of these options, or with what a reader might add."""
-    if experiment:
-        monkeypatch.setattr(gpt, 'GPT', Head)
-        monkeypatch.setattr(gpt, 'Block', Experts)
+    if added:
+        monkeypatch.setattr(gpt, 'Block', Added)
     return tiny(**options)
 
 @pytest.mark.parametrize('options', VARIANTS, ids=str)
 def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, options):
-    model, x, targets = variant(monkeypatch, block_size=300, **options).train(), ids(2, 300), ids(2, 300, seed=2)
+    model = variant(monkeypatch, block_size=300, **options).train()
+    x, targets = ids(2, 300), ids(2, 300, seed=2)
     targets[0, 100:] = -1  # do not count
     monkeypatch.setattr(gpt, 'LARGE', 0)
     monkeypatch.setattr(gpt, 'MANY_LOGITS', 5000)  # slices of some hundred rows
@@ -573,12 +528,12 @@ def test_cached_equals_uncached_whatever_the_chunks(monkeypatch, options, device
         assert_same(cached(model, x[:rows], chunks), expected, 5e-4 if device == 'cpu' else 0.01)  # TF32
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
-@pytest.mark.parametrize('options', [dict(), EXPERIMENT], ids=str)
+@pytest.mark.parametrize('options', [dict(), dict(added=True)], ids=str)
 def test_whatever_parameter_is_added_is_trained_and_survives_a_resume(empty, monkeypatch, options, kind):
     variant(monkeypatch, **options)  # from now on
     model = gpt.GPT(GPTConfig(**TINY))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name in ('head.weight', 'blocks.1.experts', 'blocks.1.gain') if options else ():  # as initialised
+    for name in ('blocks.1.experts', 'blocks.1.gain') if options else ():  # as initialised
         assert torch.equal(before[name], start(*before[name].shape))
     optimizer = make_optimizer(model, kind)
     for _ in range(3):  # behind a matrix of zeros the first has no gradient
@@ -595,21 +550,21 @@ def test_whatever_parameter_is_added_is_trained_and_survives_a_resume(empty, mon
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     model = tiny()
-    some = lambda model, settings: [torch.optim.SGD(list(model.blocks.parameters()), lr=0.1)]
-    twice = lambda model, settings: some(model, settings) + [torch.optim.SGD(list(model.parameters()), lr=0.1)]
+    some = lambda model, settings: [torch.optim.SGD(model.blocks.parameters(), lr=0.1)]
+    twice = lambda model, settings: some(model, settings) + [torch.optim.SGD(model.parameters(), lr=0.1)]
     monkeypatch.setattr(gpt, 'OPTIMIZERS', dict(some=some, twice=twice))
     assert 'embedding.weight is in 0 groups' in refusal(make_optimizer, model, 'some')
     assert 'is in 2 groups' in refusal(make_optimizer, model, 'twice')
 
 def test_one_line_adds_an_optimizer_whose_options_stay_its_own_on_resume(monkeypatch):
-    sgd = lambda model, settings: [torch.optim.SGD(model.parameters(), settings['learning_rate'], momentum=0.9)]
+    sgd = lambda model, settings: [torch.optim.SGD(model.parameters(), settings['learning_rate'], 0.9)]
     monkeypatch.setitem(gpt.OPTIMIZERS, 'sgd', sgd)
     model = tiny()
     optimizer = make_optimizer(model, 'sgd')
     update(model, optimizer)
     again = make_optimizer(model, 'sgd', learning_rate=0.5)
     again.load_state_dict(optimizer.state_dict())
-    assert again.param_groups[0]['peak_lr'] == 0.5 and len(again.parts[0].state) == len(list(model.parameters()))
+    assert again.param_groups[0]['peak_lr'] == 0.5 and len(again.parts[0].state) > 0
 
 @pytest.mark.parametrize('change, says', [
     (lambda x: x + F.pad(x, (0, 0, 1, -1)), 'sampling differs'),  # a step of the cache has no position before
@@ -625,15 +580,6 @@ def test_blocks_that_run_twice_sample_as_they_train():
     model = tiny()
     model.blocks = nn.ModuleList([*model.blocks, *model.blocks])
     gpt.check_model(model)
-
-def test_gradient_checkpointing_keeps_less_than_half_for_backward():
-    kept = []
-    for on in (False, True):
-        model, sizes = tiny(gradient_checkpointing=on, n_layer=4).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), sizes.append):
-            model(ids(4, 16), ids(4, 16, seed=2))
-        kept.append(sum(sizes))
-    assert kept[1] < 0.5 * kept[0]
 
 # ----------------------------------------------------------------------------
 # checkpoints
@@ -684,12 +630,9 @@ def process(command, **options):
     environment = {**os.environ, 'PYTHONPATH': '.', 'OMP_NUM_THREADS': '1', **options.pop('env', {})}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
     with subprocess.Popen(command, text=True, env=environment, **pipes) as child:
-        watch = threading.Timer(300, child.terminate)  # so that no reader waits for ever
-        watch.start()
         try:
             yield child
         finally:
-            watch.cancel()
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 child.communicate(timeout=20)
@@ -718,14 +661,14 @@ def call_script(name, *arguments, status=0, typed='', **modules):
     assert code == status, out.getvalue() + err.getvalue()
     return out.getvalue(), err.getvalue()
 
-def at_forward(patch, action, n=None):
-    """action(x, loss) is called in the n-th forward of training (the trial makes six, each update two), or in
-    each; it may return another loss."""
+def at_forward(patch, action, n=range(1, 10**6)):
+    """action(x, loss) is called in these forwards of training (the trial makes six, each update two); it may
+    return another loss."""
     forward, calls = GPT.forward, itertools.count(1)
 
     def changed(self, x, *arguments, **options):
         logits, loss = forward(self, x, *arguments, **options)
-        if self.training and (n is None or next(calls) == n):
+        if self.training and next(calls) in n:
             new = action(x, loss)
             loss = loss if new is None else new
         return logits, loss
@@ -746,7 +689,7 @@ def runs(tmp_path_factory):
             flags = ['tiny.py', f'--optimizer={kind}', f'--lr_schedule={schedule}']
             call_script('train.py', *flags, f'--out_dir={kind}')
             with pytest.MonkeyPatch.context() as cut:
-                at_forward(cut, lambda *_: signal.raise_signal(number), n=21)  # in update 8
+                at_forward(cut, lambda *_: signal.raise_signal(number), n=[21])  # in update 8
                 out, _ = call_script('train.py', *flags, f'--out_dir=cut-{kind}', status=128 + number)
             last[kind] = out.splitlines()[-1]
             call_script('train.py', '--resume', f'--out_dir=cut-{kind}', '--eval_interval=7')
@@ -770,14 +713,10 @@ def update_of(path):
 
 def assert_same_run(one, other):
     """Weights, optimizer state and losses of two runs, bit for bit."""
-    a, b = (load_checkpoint(f'{folder}/ckpt.pt') for folder in (one, other))
-    assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
-    assert all(torch.equal(weight, b['model'][name]) for name, weight in a['model'].items())
-    for one_part, other_part in zip(*(state['optimizer']['parts'] for state in (a, b)), strict=True):
-        assert one_part['state'].keys() == other_part['state'].keys() != set()
-        for p, state in one_part['state'].items():
-            assert all(torch.equal(value, other_part['state'][p][name]) for name, value in state.items())
-    assert sorted(set(column(one, 'iter'))) == sorted(set(column(other, 'iter')))  # evaluations have rows, too
+    saved = [load_checkpoint(f'{folder}/ckpt.pt') for folder in (one, other)]
+    leaves = [tree_leaves([state[name] for name in ('iter_num', 'model', 'optimizer')]) for state in saved]
+    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*leaves, strict=True))
+    assert set(column(one, 'iter')) == set(column(other, 'iter'))  # evaluations have rows, too
     assert all(column(one, name) == column(other, name) for name in ('train_loss', 'lr'))
 
 @formula
@@ -847,7 +786,7 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(empty, name):
 def test_a_second_run_in_the_same_folder_is_refused(place):
     first = configurator.RunFolder('out', resume=True, bytes_needed=0)
     _, err = call_script('train.py', 'tiny.py', status=2)
-    assert err == f'another run is using {first.path}: choose another --out_dir\n' and not Path('out-1').exists()
+    assert err == f'another run is using {first.path}: choose another --out_dir\n'
 
 def test_starting_over_puts_the_old_run_aside_and_nothing_else(place):
     Path('out/notes.txt').write_text('mine')
@@ -857,7 +796,7 @@ def test_starting_over_puts_the_old_run_aside_and_nothing_else(place):
     assert sorted(os.listdir('out-1')) == ['best.pt', 'ckpt.pt', 'log.csv'] and Path('out/notes.txt').exists()
 
 def test_a_run_whose_folder_is_deleted_makes_it_again(place, monkeypatch):
-    at_forward(monkeypatch, lambda *_: shutil.rmtree('out'), n=15)  # in update 5
+    at_forward(monkeypatch, lambda *_: shutil.rmtree('out'), n=[15])  # in update 5
     call_script('train.py', 'tiny.py', '--max_iters=6')
     assert update_of('out/ckpt.pt') == 6 and column('out', 'iter') == [5, 6, 6]
 
@@ -873,7 +812,7 @@ def test_a_float32_run_resumes_in_float16_with_its_scaler(place, monkeypatch):
     assert load_checkpoint('out/ckpt.pt')['scaler']['scale'] > 1
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(place, monkeypatch):
-    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=15)  # in update 5
+    at_forward(monkeypatch, lambda x, loss: loss * math.nan, n=[15])  # in update 5
     err = call_script('train.py', 'tiny.py', '--log_interval=10', status=2)[1]
     assert err.startswith('update 5: loss nan') and err.count('\n') == 1 and 'lower learning rate' in err
     for saved in load_checkpoint('out/ckpt.pt'), load_checkpoint('out/best.pt'):
@@ -935,7 +874,6 @@ def test_a_mistake_is_refused_in_one_line_before_anything_is_written(place, comm
     ('train.py tiny.py --dry_run', 'nothing was written'),
     ('train.py tiny.py --init_from=out/best.pt --eval_only', 'validation loss {best:.4f}'),
     ('train.py --resume --eval_only', 'validation loss {latest:.4f}, {bits:.4f} bits per byte'),
-    ('hardware.py --json', '"dtype":'),
     ('train.py --status', 'next: python sample.py --out_dir=out'),
     ('prepare.py --info=plain', 'The quick brown fox'),
 ])
@@ -958,8 +896,8 @@ def test_a_config_file_runs_once_and_halves_a_rate_once(place, flag):
 
 def test_a_preset_gives_way_to_what_is_given_even_if_that_equals_a_default(place):
     flags = ['--device=cpu', '--compile=false', '--dataset=plain', '--batch_size=1', '--dry_run']
-    shape = [f'--n_layer={GPTConfig.n_layer}', f'--block_size={GPTConfig.block_size}', '--n_head=4', '--n_embd=32']
-    out, _ = call_script('train.py', '--model_preset=small', *flags, *shape)
+    same = [f'--{name}={getattr(GPTConfig, name)}' for name in ('n_layer', 'block_size')]
+    out, _ = call_script('train.py', '--model_preset=small', *flags, *same, '--n_head=4', '--n_embd=32')
     assert ' 6 layers, 32 wide, 4 query heads, 4 for keys and values, context 256' in out
 
 def test_the_trial_leaves_the_model_as_it_was(place, monkeypatch):
@@ -967,12 +905,15 @@ def test_the_trial_leaves_the_model_as_it_was(place, monkeypatch):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.register_buffer('calls', torch.zeros(()))
-            self.register_forward_pre_hook(lambda self, _: self.calls.add_(self.training))
+
+        def forward(self, *arguments):
+            self.calls += self.training
+            return super().forward(*arguments)
 
     monkeypatch.setattr(gpt, 'MLP', Counting)
     call_script('train.py', 'tiny.py', '--max_iters=1')
-    weights = load_checkpoint('out/ckpt.pt')['model']
-    assert [weights[name] for name in weights if name.endswith('calls')] == [2, 2]  # micro-batches, in 2 layers
+    counted = [value for name, value in load_checkpoint('out/ckpt.pt')['model'].items() if 'calls' in name]
+    assert counted == [2, 2]  # micro-batches, in two layers
 
 def test_patience_stops_a_run_that_no_longer_gets_better_and_resuming_it_too(place):
     out, _ = call_script('train.py', 'tiny.py', '--learning_rate=0', '--muon_learning_rate=0', '--patience=2')
@@ -993,16 +934,6 @@ def test_a_field_added_to_the_configuration_is_a_setting_everywhere(place, monke
     flags = ['--resume', '--max_iters=2']
     assert 'window is 20.0' in call_script('train.py', *flags, '--window=25', status=2)[1]
     call_script('train.py', *flags)
-
-def test_samples_and_wandb_are_there_when_asked_for_and_change_no_update(place):
-    logged = []
-    run = SimpleNamespace(id='a1', log=lambda row: logged.append(row['iter']) if 'lr' in row else None)
-    wandb = SimpleNamespace(init=lambda **_: run)
-    flags = ['tiny.py', '--max_iters=7', '--block_size=256', '--tokens_per_update=0', '--wandb_log']
-    plain, _ = call_script('train.py', *flags, '--out_dir=plain', wandb=None)
-    out, _ = call_script('train.py', *flags, '--sample_interval=1', wandb=wandb)
-    assert 'wandb failed: ' in plain and logged == list(range(1, 8)) and len(out) > len(plain) + 500
-    assert column('out', 'train_loss') == column('plain', 'train_loss')
 
 def test_without_a_network_the_run_trains_on_pydoc_and_every_record_says_so(place, monkeypatch):
     for name in 'HTTP_PROXY', 'HTTPS_PROXY', 'http_proxy', 'https_proxy', 'ALL_PROXY':
@@ -1025,14 +956,6 @@ def test_the_questions_end_in_a_config_file_that_runs(place):
         assert len(re.findall(fr'{question}[^\[\n]* \[', out)) == times  # a wrong answer is asked again
     out, _ = call_script('train.py', 'config/my_a_run.py', '--dry_run', '--threads=1', '--compile=false')
     assert 'plan    for 0.05 minutes' in out
-
-def test_finetuning_takes_shape_and_tokenizer_and_then_needs_the_source_no_more(place):
-    flags = ['--dataset=plain', '--device=cpu', '--compile=false', '--max_iters=2', '--out_dir=tuned']
-    call_script('train.py', HERE / 'config/finetune.py', '--init_from=out', *flags)
-    before, after = load_checkpoint('out'), load_checkpoint('tuned/ckpt.pt')
-    assert before['model_config'] | {'dropout': 0.0} == after['model_config'] | {'dropout': 0.0}
-    shutil.rmtree('out')
-    assert 'done ' in call_script('train.py', '--resume', '--max_iters=3', '--out_dir=tuned')[0]
 
 def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place):
     Path('tiny.py').write_text(TINY_RUN + 'import os\nprint("rank", os.environ.get("RANK"), os.getpid())')
@@ -1092,7 +1015,8 @@ def test_samples_of_one_prompt_share_its_prefill_and_still_differ(device):
 
 def test_a_row_that_stopped_stays_stopped_and_the_text_ends_with_the_last():
     generator = torch.Generator().manual_seed(0)
-    out = tiny(block_size=512).generate(ids(1, 3), 500, num_samples=3, stop_token=7, generator=generator)[:, 3:]
+    options = dict(num_samples=3, stop_token=7, generator=generator)
+    out = tiny(block_size=512).generate(ids(1, 3), 500, **options)[:, 3:]
     for row in out.tolist():
         assert 7 in row and set(row[row.index(7) :]) == {7}
     assert out.size(1) == max(row.index(7) for row in out.tolist()) + 1 < 500
@@ -1143,7 +1067,7 @@ def test_a_text_ends_before_the_stop_string_wherever_the_tokens_cut_it(speaker, 
 def test_sampling_needs_the_checkpoint_alone_and_goes_on_past_the_window(runs, empty):
     shutil.copy(runs.folder / 'muon/best.pt', '.')
     Path('prompt.txt').write_text('The quick ' * 7)
-    flags = ['--out_dir=best.pt', '--start=FILE:prompt.txt', '--max_new_tokens=70', '--num_samples=2', '--seed=1']
+    flags = ['--out_dir=best.pt', '--start=FILE:prompt.txt', '--max_new_tokens=70', '--num_samples=2']
     out, err = call_script('sample.py', *flags)
     texts = out.split('-' * 40 + '\n')
     assert len(texts) == 3 and texts[0] != texts[1]
@@ -1181,7 +1105,7 @@ def test_the_benchmark_measures_what_it_says(place):
         assert figures[name] > 0
 
 # ----------------------------------------------------------------------------
-# exchange: transformers and gguf, independent implementations, read what is exported and write what is converted
+# exchange: transformers and gguf read what is exported and write what is converted
 
 LETTERS = ''.join(map(chr, range(32, 74))) + '\n\x01éß中🙂fox'  # 51 of them
 CHARS = {'kind': 'char', 'chars': LETTERS}
@@ -1254,14 +1178,11 @@ def test_an_exported_tokenizer_is_the_same_in_transformers_and_comes_back(empty,
     theirs = AutoTokenizer.from_pretrained(exported(tiny(vocab_size=ours.vocab_size), tokenizer=meta))
     back = Tokenizer(converted('there')['tokenizer'])
     known = meta.get('chars') or [chr(c) for c in range(0xd800)]
-    kinds = [ODD, ' \n\t ', [c for c in "abcXYZ012'!?,.sdmtlvre" if c in known], known]
-    texts = [''.join(random.choice(random.choice(kinds)) for _ in range(40)) for _ in range(300)]
+    texts = [''.join(random.choices(known, k=40)) for _ in range(200)]
     for text in (WORDS, ODD, *texts):
-        expected = ours.encode(text)
+        expected, piece = ours.encode(text), back.decoder()
         assert theirs.encode(text) == expected == back.encode(text)
-        assert theirs.decode(expected) == text == ours.decode(expected) == back.decode(expected)
-        for piece in ours.decoder(), back.decoder():  # id by id, and what is left over at the end
-            assert ''.join([*map(piece, expected), piece(None)]) == text
+        assert theirs.decode(expected) == text == ''.join([*map(piece, expected), piece(None)])
     assert theirs.eos_token_id == ours.end_of_text == back.end_of_text
 
 @formula
@@ -1317,18 +1238,6 @@ def test_a_shape_that_does_not_exist_here_is_refused_by_name(changes, says):
     assert convert_config(theirs) == GPTConfig(mlp_ratio=1024 / 384)
     assert says in refusal(convert_config, theirs | changes)
 
-@formula
-@pytest.mark.parametrize('name, says', [
-    ('lm_head.weight', 'lm_head.weight is not the embedding'),
-    ('model.layers.0.self_attn.sinks', 'no place for model.layers.0.self_attn.sinks'),
-    ('model.norm.weight', 'model.norm.weight is torch.float32'),
-])
-def test_a_tensor_of_another_model_is_refused_by_name(name, says):
-    model, theirs = tiny(), {}
-    for group in split_weights(model.config, model.state_dict()).values():
-        theirs |= group
-    assert says in refusal(join_weights, model.config, theirs | {name: torch.ones(50, 32)})
-
 def test_a_folder_is_not_overwritten_and_a_missing_one_named_with_its_download(empty):
     for path in 'small/config.json', 'small/tokenizer.json', 'out-small/ckpt.pt':
         Path(path).parent.mkdir(exist_ok=True)
@@ -1338,50 +1247,10 @@ def test_a_folder_is_not_overwritten_and_a_missing_one_named_with_its_download(e
     says = 'run "hf download HF/Smol-135M --local-dir Smol-135M", then "python sample.py --from_hf=Smol-135M"'
     assert says in refusal(load_checkpoint, 'HF/Smol-135M')
 
-@pytest.fixture
-def words(empty):
-    """words(changes, model's changes): writes a folder with a tokenizer.json of byte-level BPE"""
-    def write(changes={}, **model):
-        ranks = prepare.train_bpe(Counter({'The': 9, ' the': 9, ' quick': 9, 'é': 9}), 280)
-        contents = json.loads(export_tokenizer(prepare.bpe_meta('bpe', ranks)).to_str()) | changes
-        contents['model'] |= model
-        Path('tokenizer.json').write_text(json.dumps(contents))
-        return empty
-    return write
-
-BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
-
-@pytest.mark.parametrize('changes, model, says', [
-    (dict(), dict(byte_fallback=True), 'byte_fallback'),
-    (dict(normalizer={'type': 'Prepend', 'prepend': '▁'}), dict(), 'Prepend'),
-    (dict(pre_tokenizer=BYTE_LEVEL), dict(), 'add_prefix_space'),
-])
-def test_a_tokenizer_that_changes_text_is_refused_with_the_reason(words, changes, model, says):
-    assert says in refusal(convert_tokenizer, words(changes, **model))
-
-def test_a_tokenizer_is_the_same_whichever_version_of_a_program_saved_it_and_neither_pads_nor_cuts(words):
-    from tokenizers import Tokenizer as HF
-    first = convert_tokenizer(words())
-    hf = HF.from_file('tokenizer.json')
-    hf.enable_padding(length=64)
-    hf.enable_truncation(64)
-    contents = json.loads(hf.to_str())
-    contents['model']['merges'] = [' '.join(pair) for pair in contents['model']['merges']]
-    contents['decoder']['trim_offsets'] = False
-    Path('tokenizer.json').write_text(json.dumps(contents | {'post_processor': BYTE_LEVEL}))
-    coder = Tokenizer(convert_tokenizer(Path('.')))
-    assert convert_tokenizer(Path('.')) == first and coder.decode(coder.encode(WORDS * 9)) == WORDS * 9
-
-def test_a_text_stops_at_any_of_its_ends_and_comes_in_whole_characters(words, monkeypatch):
-    Path('config.json').write_text('{"eos_token_id": [7, 5]}')
-    meta = convert_tokenizer(words())
-    coder, (the, quick) = Tokenizer(meta), Tokenizer(meta).encode('The quick')
-    save_checkpoint('model.pt', checkpoint(tiny(vocab_size=300), tokenizer=meta))
-    drawn = [(the, the), (5, quick), (quick, 7), (quick, quick)]
-    monkeypatch.setattr(GPT, 'stream', lambda *_, **__: map(torch.tensor, drawn))
-    out, _ = call_script('sample.py', '--out_dir=model.pt', '--num_samples=2', '--start=A ')
-    assert out.split('\n')[::2] == ['A The', 'A The quick', '']
-    assert list(map(coder.decoder(), coder.encode('f🙂!'))) == ['f', '', '', '', '🙂', '!']
+def test_a_tokenizer_that_changes_text_is_refused_with_the_reason():
+    contents = json.loads(export_tokenizer(CHARS).to_str())
+    contents['model']['byte_fallback'] = True  # SentencePiece
+    assert 'byte_fallback' in refusal(plain_tokenizer, contents)
 
 @pytest.mark.parametrize('package, command', [
     ('datasets', 'prepare.py hf:owner/tales'),
