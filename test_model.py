@@ -68,6 +68,12 @@ def refusal(function, *arguments, **settings):
     assert '\n' not in str(caught.value)
     return str(caught.value)
 
+def failing(error):
+    """A function that raises the error."""
+    def fail(*_, **__):
+        raise error
+    return fail
+
 # ----------------------------------------------------------------------------
 # settings
 
@@ -164,7 +170,7 @@ def test_auto_takes_the_best_device_and_only_a_real_dtype(machine, facts, device
     assert (hardware.pick_device(), hardware.pick_dtype(device)) == (device, dtype)
 
 @pytest.mark.parametrize('capability, archs, runs', [
-    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((8, 9), 'compute_90', False),
+    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((12, 0), 'sm_90', False),
     ((12, 0), 'compute_90', True), ((10, 0), 'compute_90a', False), ((10, 3), 'sm_100f', True)])
 def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability, archs, runs):
     """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities."""
@@ -187,10 +193,7 @@ def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, 
     assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
-    def fail(function):
-        raise RuntimeError('no compiler\nhere')
-
-    monkeypatch.setattr(torch, 'compile', fail)
+    monkeypatch.setattr(torch, 'compile', failing(RuntimeError('no compiler\nhere')))
     assert hardware.compile_problem('cpu') == 'RuntimeError: no compiler here'
 
 # ----------------------------------------------------------------------------
@@ -415,15 +418,6 @@ def test_the_model_and_its_gradients_equal_plain_lines(options):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 @formula
-def test_scores_depend_on_distance_alone_however_far_the_text_has_come():
-    config, q, k = GPTConfig(**TINY), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    scores = []
-    for start in (1, 100, 10_000_000):
-        cos, sin = gpt.rope_tables(torch.tensor([start, start + 5]), config)
-        scores.append((gpt.rotate(k, cos[0], sin[0]) * gpt.rotate(q, cos[1], sin[1])).sum())
-    torch.testing.assert_close(scores[1:], scores[:1] * 2)
-
-@formula
 @pytest.mark.parametrize('name, millions', [('tiny', 10), ('small', 25), ('medium', 80), ('large', 350)])
 def test_presets_have_the_size_they_promise(name, millions):
     with torch.device('meta'):
@@ -555,16 +549,6 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     monkeypatch.setattr(gpt, 'OPTIMIZERS', dict(some=some, twice=twice))
     assert 'embedding.weight is in 0 groups' in refusal(make_optimizer, model, 'some')
     assert 'is in 2 groups' in refusal(make_optimizer, model, 'twice')
-
-def test_one_line_adds_an_optimizer_whose_options_stay_its_own_on_resume(monkeypatch):
-    sgd = lambda model, settings: [torch.optim.SGD(model.parameters(), settings['learning_rate'], 0.9)]
-    monkeypatch.setitem(gpt.OPTIMIZERS, 'sgd', sgd)
-    model = tiny()
-    optimizer = make_optimizer(model, 'sgd')
-    update(model, optimizer)
-    again = make_optimizer(model, 'sgd', learning_rate=0.5)
-    again.load_state_dict(optimizer.state_dict())
-    assert again.param_groups[0]['peak_lr'] == 0.5 and len(again.parts[0].state) > 0
 
 @pytest.mark.parametrize('change, says', [
     (lambda x: x + F.pad(x, (0, 0, 1, -1)), 'sampling differs'),  # a step of the cache has no position before
@@ -744,34 +728,24 @@ def test_an_interrupted_and_resumed_run_equals_an_unbroken_one_bit_for_bit(runs,
     assert runs.last[kind].endswith(f'update 8; to continue: python train.py --resume --out_dir=cut-{kind}')
     assert_same_run(runs.folder / kind, runs.folder / f'cut-{kind}')
 
-def updates_lost(kills, *flags):
-    """Runs until done, killed so many times at random moments -> the most updates that a kill has cost"""
-    rng, lost, checkpoint = random.Random(kills), 0, Path('out/ckpt.pt')
+@pytest.mark.parametrize('kills', [1, pytest.param(int(os.getenv('KILLS', 200)), marks=pytest.mark.long)])
+def test_a_killed_run_loses_at_most_one_interval_and_ends_the_same(place, kills):
+    shutil.rmtree('out')
+    rng, flag, checkpoint = random.Random(kills), f'--max_iters={40 * kills}', Path('out/ckpt.pt')
     for _ in range(kills):
-        with process(script('train.py', '--resume' if checkpoint.exists() else 'tiny.py', *flags)) as child:
+        with process(script('train.py', '--resume' if checkpoint.exists() else 'tiny.py', flag)) as child:
             said = ''.join(itertools.islice(child.stdout, rng.randint(12, 24)))  # 6 or so precede update 1
             time.sleep(rng.uniform(0, 0.06))  # seconds: two or three updates, or the middle of a save
             child.kill()
             said += child.stdout.read()
-        updates = re.findall(r'^ *(\d+)/', said, re.M)
-        lost = max(lost, int(updates[-1]) - update_of(checkpoint))
-    return lost
-
-@pytest.mark.parametrize('kills', [1, pytest.param(int(os.getenv('KILLS', 200)), marks=pytest.mark.long)])
-def test_a_killed_run_loses_at_most_one_interval_and_ends_the_same(place, kills):
-    shutil.rmtree('out')
-    flag = f'--max_iters={40 * kills}'
-    assert updates_lost(kills, flag) <= 3
+        assert int(re.findall(r'^ *(\d+)/', said, re.M)[-1]) - update_of(checkpoint) <= 3
     call_script('train.py', '--resume', flag)
     call_script('train.py', 'tiny.py', '--out_dir=unbroken', flag)
     assert_same_run('unbroken', 'out')
 
 def test_a_failed_evaluation_costs_no_update_and_is_made_first_on_resume(place, monkeypatch):
-    def fail(*_):
-        raise ValueError('simulated')
-
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, 'val_batches', fail)
+        patch.setattr(prepare, 'val_batches', failing(OSError('simulated')))
         call_script('train.py', 'tiny.py', status=2)
     assert update_of('out/ckpt.pt') == 3 and not Path('out/best.pt').exists()
     out, _ = call_script('train.py', '--resume', '--max_iters=4')
@@ -836,10 +810,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_update(place, monkeypa
     (gpt.Optimizers, 'step', MemoryError(), 'out of memory'),
 ])
 def test_without_disk_or_memory_the_last_checkpoint_stays(place, monkeypatch, owner, name, error, says):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(owner, name, failing(error))
     err = call_script('train.py', '--resume', '--max_iters=50', status=2)[1]
     assert says in err and err.count('\n') == 1 and update_of('out/ckpt.pt') == 40
     assert not list(Path('out').glob('*.part'))
@@ -982,17 +953,6 @@ def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place)
 # ----------------------------------------------------------------------------
 # generation
 
-@formula
-@torch.no_grad()
-@pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
-@pytest.mark.parametrize('chunks', [[53], [1] * 53, [15, 1, 1, 36], [5, 1, 11, 20, 1, 15]], ids=str)
-def test_past_the_window_the_cache_is_a_banded_forward(chunks, dtype, error, device):
-    model, x = tiny().to(dtype), ids(3, 53)
-    expected = plain(tiny().to(dtype).float(), x)[:, torch.tensor(chunks).cumsum(0) - 1]
-    logits = cached(model.to(device), x.to(device), chunks).float().cpu()
-    torch.testing.assert_close(logits, expected, atol=error, rtol=0)
-
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('T, block_size', [
     (1, 64), (100, 200),  # the cache grows from 128 to 200
@@ -1054,14 +1014,12 @@ def speaker(empty, monkeypatch):
         return call_script('sample.py', '--out_dir=bytes.pt', *flags)[0]
     return speak
 
-def test_what_is_printed_ends_at_the_end_has_whole_characters_and_no_escape_codes(speaker):
-    assert speaker('naïve 👩‍👩‍👧 שלום', '--start=A ') == 'A naïve 👩‍👩‍👧 שלום\n'
-    assert speaker('a\x1b[2Jb\x9b\u202ec') == 'a\\x1b[2Jb\\x9b\\u202ec\n'
-
-@pytest.mark.parametrize('stop, rest', [('ROMEO:', 'Hey!\n'), ('!', 'Hey'), ('ROMEO?', 'Hey!\nROMEO: ho')])
-def test_a_text_ends_before_the_stop_string_wherever_the_tokens_cut_it(speaker, stop, rest):
-    assert speaker('Hey!\nROMEO: ho', f'--stop={stop}') == f'{rest}\n'
-    assert speaker('Hey!\nROMEO: ho', f'--stop={stop}', '--num_samples=2') == f'{rest}\n{"-" * 40}\n' * 2
+@pytest.mark.parametrize('text, stop, printed', [
+    ('naïve 👩‍👩‍👧 שלום', '', 'naïve 👩‍👩‍👧 שלום'), ('a\x1b[2Jb\x9b\u202ec', '', 'a\\x1b[2Jb\\x9b\\u202ec'),
+    ('Hey!\nROMEO: ho', 'ROMEO:', 'Hey!\n'), ('Hey!\nROMEO: ho', 'ROMEO?', 'Hey!\nROMEO: ho')])
+def test_a_text_ends_at_its_end_or_the_stop_string_and_has_no_escape_codes(speaker, text, stop, printed):
+    assert speaker(text, f'--stop={stop}', '--start=A ') == f'A {printed}\n'
+    assert speaker(text, f'--stop={stop}', '--num_samples=2') == f'{printed}\n{"-" * 40}\n' * 2
 
 @formula
 def test_sampling_needs_the_checkpoint_alone_and_goes_on_past_the_window(runs, empty):
@@ -1070,9 +1028,8 @@ def test_sampling_needs_the_checkpoint_alone_and_goes_on_past_the_window(runs, e
     flags = ['--out_dir=best.pt', '--start=FILE:prompt.txt', '--max_new_tokens=70', '--num_samples=2']
     out, err = call_script('sample.py', *flags)
     texts = out.split('-' * 40 + '\n')
-    assert len(texts) == 3 and texts[0] != texts[1]
+    assert len(set(texts)) == 3 and 'sees the last 64' in err
     assert all(len(text) == 71 for text in texts[:2])  # a file is not repeated
-    assert 'sees the last 64' in err
 
 def test_equal_seeds_give_equal_text_and_no_seed_gives_other_text(place):
     texts = [call_script('sample.py', '--max_new_tokens=40', f'--seed={seed}')[0] for seed in (3, 3, 0, 0)]
