@@ -69,7 +69,7 @@ def refusal(function, *arguments, **settings):
     return str(caught.value)
 
 def failing(error, *arguments):
-    """A function that raises such an error, a new one each time: an old one keeps its frames, and their files."""
+    """A function that raises such an error, each time a new one: an old one keeps frames, and so open files."""
     def fail(*_, **__):
         raise error(*arguments)
     return fail
@@ -718,7 +718,7 @@ def test_a_run_makes_its_updates_and_keeps_the_latest_and_the_best(runs, kind):
     assert sorted(set(column(folder, 'iter'))) == list(range(1, 41)) and len(column(folder, 'val_loss')) == 14
     assert latest['iter_num'] == 40 and latest['tokens_seen'] == 40 * 256
     assert best['val_loss'] == pytest.approx(min(column(folder, 'val_loss')), abs=1e-6)
-    assert 'optimizer' not in best and losses[-1] < 0.7 * losses[0]
+    assert 'optimizer' not in best and losses[-1] < 0.95 * losses[0]
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_an_interrupted_and_resumed_run_equals_an_unbroken_one_bit_for_bit(runs, kind):
