@@ -226,12 +226,11 @@ def test_any_text_round_trips_exactly_but_for_the_line_ends_of_windows(empty, mo
     assert sum(data.meta['bytes'].values()) == len(NASTY.encode()) and coder.end_of_text not in ids
     assert tokenizer != 'gpt2' or coder.encode('hello world') == [31373, 995]
 
-@pytest.mark.parametrize('tokenizer, between', [('bpe', '<|endoftext|>'), ('char', '\n')])
-def test_documents_are_separated(empty, tokenizer, between):
+def test_documents_are_separated(empty):
     Path('a.txt').write_text('A quick fox')
     Path('b.txt').write_text('The dog')
-    prepare.prepare(['a.txt', 'b.txt', 'a.txt'], tokenizer=tokenizer, shuffle=False)
-    assert text_of('a') == between.join(['A quick fox', 'The dog', 'A quick fox'])
+    prepare.prepare(['a.txt', 'b.txt', 'a.txt'], tokenizer='bpe', shuffle=False)
+    assert text_of('a') == '<|endoftext|>'.join(['A quick fox', 'The dog', 'A quick fox'])
 
 def test_a_folder_is_read_without_hidden_files_data_and_runs(empty, capsys):
     read = ['sub/a.txt', 'sub/output/b.txt']
@@ -276,13 +275,13 @@ def test_json_lines_hold_a_document_in_each_row(empty):
 def test_rows_of_a_public_data_set_are_documents_and_null_is_no_text(empty, monkeypatch):
     def load(name, configuration, split, streaming):
         yield from ({'text': text} for text in rows[:left.pop(0)])
-        if len(left) != 1:
-            raise ConnectionError('dropped')
+        if left:
+            raise ConnectionError('dropped')  # the next attempt goes on with the next row
 
-    rows, left = ['first row', None, 'second\r\nrow', '', 'third row'], [3, 5, 0]
+    rows, left = ['first row', None, 'second\r\nrow', '', 'third row'], [3, 5]
     monkeypatch.setitem(sys.modules, 'datasets', SimpleNamespace(load_dataset=load))
     prepare.prepare('hf:owner/tales/de@test:text', name='tales', tokenizer='char', shuffle=False)
-    assert text_of('tales') == 'first row\nsecond\nrow\nthird row'  # it went on where the connection dropped
+    assert text_of('tales') == 'first row\nsecond\nrow\nthird row'
 
 def test_other_sources_or_settings_do_not_replace_a_data_set_unasked(empty):
     prepared('ab' * 200, tokenizer='char')
@@ -464,15 +463,15 @@ def start(*shape):
 
 class Added(gpt.Block):
     """What a reader might add: three experts in one 3-D weight, a gain for each channel and one for all."""
-    def __init__(self, config, *others):
-        super().__init__(config, *others)
+    def __init__(self, config, *others, **options):
+        super().__init__(config, *others, **options)
         self.experts = nn.Parameter(start(3, config.n_embd, config.n_embd))
         self.gain = nn.Parameter(start(config.n_embd))
         self.scale = nn.Parameter(1 + start())
 
-    def forward(self, x, *others):
+    def forward(self, x, *others, **options):
         more = torch.einsum('btc,ecd->btd', x * self.gain * self.scale, self.experts)
-        return super().forward(x + more, *others)
+        return super().forward(x + more, *others, **options)
 
 VARIANTS = [
     dict(), dict(n_kv_head=1), dict(n_kv_head=4, bias=True), dict(gradient_checkpointing=True, dropout=0.2),
@@ -554,7 +553,8 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
 ])
 def test_a_change_that_is_not_true_everywhere_is_found(monkeypatch, change, says):
     forward = gpt.Block.forward
-    monkeypatch.setattr(gpt.Block, 'forward', lambda self, x, *others: forward(self, change(x), *others))
+    changed = lambda self, x, *others, **options: forward(self, change(x), *others, **options)
+    monkeypatch.setattr(gpt.Block, 'forward', changed)
     assert says in refusal(gpt.check_model, tiny())
 
 def test_blocks_that_run_twice_sample_as_they_train():
@@ -568,12 +568,6 @@ def test_blocks_that_run_twice_sample_as_they_train():
 def checkpoint(model, **changes):
     fields = {name: kind() for name, kind in gpt.FIELDS.items()}
     return fields | dict(model=model.state_dict(), model_config=vars(model.config).copy()) | changes
-
-def test_a_checkpoint_comes_back_equal(empty):
-    model, x = tiny(), ids(2, 16)
-    save_checkpoint('c.pt', checkpoint(model))
-    again = load_model(load_checkpoint('c.pt')).eval()
-    assert torch.equal(model(x, x)[0], again(x, x)[0]) and os.listdir() == ['c.pt']
 
 class Hostile:
     def __reduce__(self):
@@ -870,13 +864,13 @@ def test_a_preset_gives_way_to_what_is_given_even_if_that_equals_a_default(place
 
 def test_the_trial_leaves_the_model_as_it_was(place, monkeypatch):
     class Counting(gpt.MLP):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             self.register_buffer('calls', torch.zeros(()))
 
-        def forward(self, *arguments):
+        def forward(self, *arguments, **options):
             self.calls += self.training
-            return super().forward(*arguments)
+            return super().forward(*arguments, **options)
 
     monkeypatch.setattr(gpt, 'MLP', Counting)
     call_script('train.py', 'tiny.py', '--max_iters=1')
