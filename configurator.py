@@ -420,8 +420,9 @@ class RunFolder:
     def drop_rows_after(self, step, val_step):
         """Drop the rows that a run resumed at this update, whose last evaluation was at val_step, will write
         again."""
-        self.rewrite([row for row in self.rows()
-                      if int(row['iter']) <= (val_step if row.get('val_loss') else step)])
+        kept = [row for row in self.rows() if int(row['iter']) <= (val_step if row.get('val_loss') else step)]
+        if os.path.exists(self.log_path):
+            self.rewrite(kept)
 
     def watch_with_wandb(self, project, name, config):
         """Log to Weights & Biases, too; a resumed run continues there."""

@@ -25,6 +25,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import requests
@@ -422,7 +423,7 @@ def test_presets_have_the_size_they_promise(name, millions):
 @formula
 def test_the_loss_starts_near_log_vocab_size():
     model, x = create_model('tiny', vocab_size=500, n_layer=3), torch.randint(500, (4, 65))
-    assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(math.log(500), abs=0.1)
+    assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(math.log(500) + 0.5, abs=0.2)  # logits of size 1
 
 @formula
 def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
@@ -549,7 +550,7 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
 @pytest.mark.parametrize('change, says', [
     (lambda x: x + F.pad(x, (0, 0, 1, -1)), 'sampling differs'),  # a step of the cache has no position before
     (lambda x: x * (1 + torch.is_grad_enabled()), 'evaluation differs'),
-    (lambda x: x * (1 + gpt.FAST), 'FAST = False differs'),
+    (lambda x: x * (1 + gpt.FAST), 'fast paths differs'),
 ])
 def test_a_change_that_is_not_true_everywhere_is_found(monkeypatch, change, says):
     forward = gpt.Block.forward
@@ -749,9 +750,9 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(empty, name):
         assert child.communicate(timeout=60) == ('', '') and child.returncode == 130
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
-    first = configurator.RunFolder('out', resume=True, bytes_needed=0)
-    _, err = call_script('train.py', 'tiny.py', status=2)
-    assert err == f'another run is using {first.path}: choose another --out_dir\n'
+    with filelock.FileLock('out/.lock'):
+        _, err = call_script('train.py', 'tiny.py', status=2)
+    assert err == 'another run is using out: choose another --out_dir\n'
 
 def test_starting_over_puts_the_old_run_aside_and_nothing_else(place):
     Path('out/notes.txt').write_text('mine')
