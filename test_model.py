@@ -69,7 +69,7 @@ def refusal(function, *arguments, **settings):
     return str(caught.value)
 
 def failing(error, *arguments):
-    """A function that raises such an error, each time a new one: an old one keeps frames, and so open files."""
+    """A function that raises such an error, a new one each time: an old one keeps frames and open files."""
     def fail(*_, **__):
         raise error(*arguments)
     return fail
