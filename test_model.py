@@ -22,6 +22,7 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
 import hardware
@@ -132,6 +135,19 @@ def test_a_config_file_runs_once_and_what_it_assigns_is_given_even_if_it_equals_
     Path('c.py').write_text('print("runs")\nbatch_size = 12\n_half = learning_rate / 2')
     _, given = configurator.configure('script.py', argv=['c.py', '--compile=false'])
     assert given == {'batch_size': 12, 'compile': False} and capsys.readouterr().out == 'runs\n'
+
+def test_a_tilde_is_the_home_folder_and_nanogpts_settings_are_explained(settings, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', '/home/someone')
+    assert settings('--out_dir=~/runs')['out_dir'] == '/home/someone/runs'
+    Path('c.py').write_text('gradient_accumulation_steps = 40')
+    with pytest.raises(SystemExit):
+        settings('c.py')
+    assert "is nanoGPT's: set tokens_per_update to" in capsys.readouterr().err
+
+def test_no_message_moves_the_cursor_and_letters_stay():
+    assert configurator.printable('\x1b[2J\x9b\u2066\udce9') == '\\x1b[2J\\x9b\\u2066\\udce9'
+    kept = 'a\n\tnaïve 👩\u200d👧 שלום\xa0'
+    assert configurator.printable(kept) == kept
 
 # ----------------------------------------------------------------------------
 # hardware
@@ -913,12 +929,14 @@ def test_the_picture_is_drawn_where_matplotlib_is_there(place):
     assert Path('out/loss.png').read_bytes().startswith(b'\x89PNG')
 
 def test_the_questions_end_in_a_config_file_that_runs(place):
-    answers = ['tpu', 'cpu', 'nothing', 'plain', 'many', '0', '0.05', 'a run', 'n']
+    answers = ['1', '0.05', 'huge', '6', '2', '3', '64', '32', 'custom', '2', '2', '64', '32', 'my book', 'no']
     out, _ = call_script('train.py', '--interactive', typed='\n'.join(answers))
-    for question, times in ('device', 2), ('data set', 2), ('minutes', 3), ('name', 1), ('start it', 1):
-        assert len(re.findall(fr'{question}[^\[\n]* \[', out)) == times  # a wrong answer is asked again
-    out, _ = call_script('train.py', 'config/my_a_run.py', '--dry_run', '--threads=1', '--compile=false')
-    assert 'plan    for 0.05 minutes' in out
+    assert '1 plain' in out and 'start it now [yes]' in out and 'divide into n_head 3' in out and "'huge'" in out
+    text = Path('config/my_book.py').read_text()
+    assert text.splitlines()[1:] == [
+        "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', 'n_layer = 2', 'n_head = 2', 'n_embd = 64',
+        'block_size = 32', "out_dir = 'out-book'"]
+    assert '2 layers, 64 wide, 2 query heads' in call_script('train.py', 'config/my_book.py', '--dry_run')[0]
 
 def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place):
     Path('tiny.py').write_text(TINY_RUN + 'import os\nprint("rank", os.environ.get("RANK"), os.getpid())')
@@ -980,6 +998,8 @@ def test_a_row_that_stopped_stays_stopped_and_the_text_ends_with_the_last():
     (dict(temperature=0.5), [n / 0.345 for n in (0.25, 0.0625, 0.0225, 0.01)]),  # squares, renormalised
     (dict(top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),  # of the top_k's 0.9: 0.75 / 0.9 reaches 0.8
     (dict(temperature=0), [1, 0, 0, 0]),
+    (dict(min_p=0.29), [5 / 9, 2.5 / 9, 1.5 / 9, 0]),  # 0.15 is 0.3 times 0.5, 0.1 is 0.2 times
+    (dict(min_p=0.4, temperature=0.5), [1, 0, 0, 0]),  # after the temperature 0.25 is a quarter of 1
 ])
 def test_draws_follow_the_distribution_computed_by_hand(options, expected, device):
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(20000, 1).to(device)
@@ -987,6 +1007,144 @@ def test_draws_follow_the_distribution_computed_by_hand(options, expected, devic
     share = torch.bincount(drawn.cpu(), minlength=4) / 20000
     assert (share - torch.tensor(expected)).abs().max() < 0.015  # four standard errors
     assert all(share[i] == 0 for i, p in enumerate(expected) if p == 0)
+
+def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_ids():
+    logits, seen = torch.tensor([[2.0, 1.9, -1.0, -1.1]]), torch.tensor([[True, False, False, False]])
+    assert sample(logits, temperature=0, repetition_penalty=1.1, seen=seen).item() == 1  # 1.82 < 1.9
+    assert sample(logits, temperature=0, repetition_penalty=1.01, seen=seen).item() == 0
+    negative = torch.tensor([[-9.0, -9.0, -1.0, -1.1]])
+    assert sample(negative, temperature=0, repetition_penalty=1.2, seen=torch.tensor([[False] * 2 + [True, False]])) == 3
+
+@pytest.mark.parametrize('options, says', [
+    (dict(top_k=-1), 'top_k is -1'), (dict(temperature=math.nan), 'temperature is nan'),
+    (dict(top_p=0), 'top_p is 0'), (dict(min_p=2), 'min_p is 2'), (dict(max_new_tokens=0), 'max_new_tokens is 0'),
+    (dict(input_ids=[[3, 50]]), 'the id 50'), (dict(input_ids=[[1], []]), 'an id at least'),
+])
+def test_what_cannot_be_drawn_is_refused_with_its_value(options, says):
+    assert says in refusal(tiny().generate, **{**dict(input_ids=[[1]], max_new_tokens=1), **options})
+
+def test_prompts_of_any_length_give_a_list_of_texts():
+    model, prompts = tiny(), [[3, 1, 4, 1, 5], [2], torch.arange(40)]
+    for prompt, text in zip(prompts, model.generate(prompts, 9, temperature=0)):
+        assert torch.equal(text, model.generate(torch.as_tensor(prompt)[None], 9, temperature=0)[0])
+
+# ----------------------------------------------------------------------------
+# CUDA graphs and compiled graphs, on the CPU
+
+class Recorder(TorchDispatchMode):
+    """Stands in for a CUDA graph: notes the operations, and replays them on the same tensors. As on CUDA
+    nothing is changed while it takes notes, no random number is used up, and nothing may wait for a value."""
+    def register_generator_state(self, generator):
+        pass
+
+    def __enter__(self):
+        self.notes, self.random_state = [], torch.get_rng_state()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.set_rng_state(self.random_state)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        kwargs = kwargs or {}
+        if not function._schema.is_mutable:
+            result = function(*args, **kwargs)
+        else:
+            result = args[0] if function._schema.returns else None
+        self.notes.append((function, args, kwargs, result))
+        return result
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, result in self.notes:
+                for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                    if torch.is_tensor(new) and new.data_ptr() != kept.data_ptr():  # neither a view nor in place
+                        kept.copy_(new)
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(gpt, 'uses_graph', lambda device: True)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Recorder)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda graph, **options: graph)
+
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(top_k=5, repetition_penalty=1.3)], ids=str)
+def test_texts_that_are_replayed_equal_real_ones(graphs_on_cpu, monkeypatch, options):
+    model, x, texts = tiny(), ids(2, 9), []
+    for graphs in (True, False):
+        monkeypatch.setattr(gpt, 'uses_graph', lambda device, graphs=graphs: graphs)
+        generator = torch.Generator().manual_seed(0)
+        texts.append(model.generate(x, 40, generator=generator, **options))  # past the window of 16
+    assert torch.equal(*texts)
+
+def twenty_updates(capture, kind='muon', resume_at=0, fault=None):
+    """The losses and weights after twenty updates of two micro-batches, as train.py makes them."""
+    def start():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**TINY, dropout=0.2))
+        return model, make_optimizer(model, kind)
+
+    def functions():
+        def add_gradients(x, y):
+            loss = model(x, y, return_logits=False)[1] / 2
+            loss.backward()
+            return loss.detach()
+
+        def take_step():
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=fault == 'gradients made anew')
+            return norm
+
+        if fault == 'a learning rate that is a number':
+            for group in optimizer.param_groups:
+                group['lr'] = group['peak_lr']
+        return (gpt.captured(function, torch.device('cpu'), capture) for function in (add_gradients, take_step))
+
+    model, optimizer = start()
+    add_gradients, take_step = functions()
+    losses = []
+    for step in range(20):
+        if step and step == resume_at:
+            state = deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = start()
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            add_gradients, take_step = functions()
+        optimizer.scale_learning_rates(1 / (1 + step))
+        torch.manual_seed(step)
+        batches = [ids(4, 17, seed=2 * step + micro) for micro in range(2)]
+        losses += [add_gradients(x[:, :-1], x[:, 1:]).clone() for x in batches]
+        losses.append(take_step().clone())
+    return [*losses, *model.parameters()]
+
+@pytest.mark.parametrize('kind', ['muon', 'adamw'])
+def test_updates_that_are_replayed_equal_real_ones_bit_for_bit(graphs_on_cpu, kind):
+    real, replayed, resumed = (twenty_updates(*way) for way in ((False, kind), (True, kind), (True, kind, 9)))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(real, replayed, resumed, strict=True))
+
+@pytest.mark.parametrize('fault', ['gradients made anew', 'a learning rate that is a number'])
+def test_what_a_graph_cannot_follow_shows(graphs_on_cpu, fault):
+    real, replayed = (twenty_updates(capture, fault=fault) for capture in (False, True))
+    assert not all(torch.equal(a, b) for a, b in zip(real, replayed))
+
+@pytest.mark.parametrize('options', [dict(dropout=0.1), dict(gradient_checkpointing=True)], ids=str)
+def test_a_run_compiles_one_graph_without_a_break(monkeypatch, options):
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(gpt, 'MANY_LOGITS', 100)  # slices, if it were not compiled
+    model = tiny(**options).train()
+    compiled, optimizer = torch.compile(model, backend='eager'), make_optimizer(model, 'muon')
+    for _ in range(3):
+        compiled(ids(4, 16), ids(4, 16), return_logits=False)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.eval()(ids(4, 16), ids(4, 16), return_logits=False)
+        model.generate(ids(1, 3), 3)
+        model.train()
+    assert counters['stats']['unique_graphs'] == 1 and not counters['graph_break']
 
 # ----------------------------------------------------------------------------
 # sampling, and the benchmark
@@ -1033,8 +1191,8 @@ def test_a_talk_keeps_its_context_and_answers_mistakes(place):
     answers = [answer.rstrip('\n') for answer in out.split('\n> ')]
     straight, _ = call_script('sample.py', '--temperature=0', '--max_new_tokens=6', '--start=\nThe quick')
     assert answers[3] + answers[4] == straight.rstrip('\n').removeprefix('\nThe quick')
-    assert 'not an assistant' in err and 'top_p is 7' in answers[5] and '/reset' in answers[6]
-    assert "'\\xe9'" in answers[7] and answers[9] == answers[3]
+    assert 'not an assistant' in err and 'top_p is 7' in answers[5] and "no command '/nonsense'" in answers[6]
+    assert 'does not know é' in answers[7] and answers[9] == answers[3]
 
 def test_ctrl_c_stops_a_text_and_the_talk_goes_on(place, monkeypatch):
     def stream(*_, **__):
@@ -1052,6 +1210,36 @@ def test_the_benchmark_measures_what_it_says(place):
     assert all(len(times) == 3 for times in figures['ms_per_update'].values())
     for name in ('tokens_per_sec', 'mfu', 'peak_memory', 'prefill_tokens_per_sec', 'decode_tokens_per_sec'):
         assert figures[name] > 0
+
+@pytest.fixture
+def talker(empty, monkeypatch):
+    """talker(*flags, typed='', says='') -> (out, err) of sample.py, and what the model was told last."""
+    save_checkpoint('char.pt', checkpoint(tiny(vocab_size=9), tokenizer={'kind': 'char', 'chars': '\n\tabcdeé'}))
+    told = {}
+
+    def talk(*flags, typed='', says=''):
+        coder = Tokenizer({'kind': 'char', 'chars': '\n\tabcdeé'})
+
+        def stream(self, prompts, max_new_tokens, **options):
+            told.update(options, text=coder.decode(prompts[0].tolist()), max_new_tokens=max_new_tokens)
+            for id in coder.encode(says):
+                yield torch.tensor([id])
+
+        monkeypatch.setattr(GPT, 'stream', stream)
+        return *call_script('sample.py', '--out_dir=char.pt', *flags, typed=typed), told
+    return talk
+
+def test_line_breaks_and_tabs_are_read_in_start_stop_and_the_talk(talker):
+    out, _, told = talker(r'--start=a\n\tb', r'--stop=\n\n', says='cd\n\nab')
+    assert told['text'] == 'a\n\tb' and out == 'a\n\tbcd\n'
+    assert talker('--interactive', typed='a\\n\\tb\n')[2]['text'].endswith('a\n\tb')
+
+def test_unknown_characters_are_left_out_and_named_unless_nothing_is_left(talker):
+    out, err, told = talker('--start=aüb\u4e2d\x1b')
+    assert told['text'] == 'ab' and out == 'ab\n' and 'does not know it: \\x1b ü 中' in err
+    assert 'does not know ü' in call_script('sample.py', '--out_dir=char.pt', '--start=üü', status=2)[1]
+    out, err, told = talker('--interactive', typed='ü\naü\n')
+    assert 'does not know ü: ' in out and 'does not know it: ü' in err and told['text'].endswith('a')
 
 # ----------------------------------------------------------------------------
 # exchange: transformers and gguf read what is exported and write what is converted
@@ -1188,7 +1376,7 @@ def test_a_shape_that_does_not_exist_here_is_refused_by_name(changes, says):
     assert says in refusal(convert_config, theirs | changes)
 
 def test_a_folder_is_not_overwritten_and_a_missing_one_named_with_its_download(empty):
-    for path in 'small/config.json', 'small/tokenizer.json', 'out-small/ckpt.pt':
+    for path in 'small/config.json', 'small/tokenizer.json', 'small/model.safetensors', 'out-small/ckpt.pt':
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).touch()
     assert 'out-small/ckpt.pt exists' in refusal(convert, Path('small'))
