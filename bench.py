@@ -128,11 +128,11 @@ ms['all'] = [1000 * seconds for seconds in trial.all_seconds]
 model.eval().to(getattr(torch, dtype))
 prompt = torch.randint(model_config.vocab_size, (decode_batch, block_size // 2), device=device)
 stamps = [time.perf_counter()]
-for new in model.stream(prompt, decode_tokens + 3, temperature=0.8, top_k=200):
+for new in model.stream(prompt, decode_tokens + 5, temperature=0.8, top_k=200):
     new.tolist()  # as sample.py does: waits for the device
     stamps.append(time.perf_counter())
-# the first two steps also lay out the weights or capture the graph
-prefill, _, _, *steps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
+# the next four steps also lay out the weights or capture the graph
+prefill, _, _, _, _, *steps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 # at best a step takes as long as reading every weight once
 weights, bandwidth = sum(p.nbytes for p in model.parameters()), hardware.measure_bandwidth(device)
 bandwidth_share = weights / (median(steps) / 1000) / bandwidth
@@ -140,7 +140,7 @@ bandwidth_share = weights / (median(steps) / 1000) / bandwidth
 f = dict(
     device=hardware.device_name(device), torch=torch.__version__, dtype=dtype,
     compiled=compile == 'true', parameters=model.n_params(), block_size=block_size,
-    batch_size=batch_size, ms_per_update=ms, tokens_per_sec=tokens_per_sec, mfu=mfu, peak_flops=peak,
+    batch_size=trial.batch_size, ms_per_update=ms, tokens_per_sec=tokens_per_sec, mfu=mfu, peak_flops=peak,
     peak_origin=origin, peak_memory=peak_memory,
     context=prompt.size(1), decode_batch=decode_batch, prefill_tokens_per_sec=1000 * prompt.numel() / prefill,
     decode_tokens_per_sec=1000 * decode_batch / median(steps), ms_per_decode_step=steps,
@@ -155,7 +155,7 @@ def spread(values):
 
 parts = ', '.join(f'{part} {spread(ms[part])}' for part in PARTS)
 print(f'{f["device"]}, torch {f["torch"]}, {dtype}, compiled: {f["compiled"]}')
-print(f'model     {f["parameters"] / 1e6:.2f}M parameters, {batch_size} x {block_size} tokens')
+print(f'model     {f["parameters"] / 1e6:.2f}M parameters, {trial.batch_size} x {block_size} tokens')
 print(f'training  {tokens_per_sec:,.0f} tokens/s, MFU {mfu:.1%} of {peak / 1e12:.3g} TFLOP/s ({origin}), '
       f'peak memory {peak_memory / 2**30:.2f} GiB')
 print(f'          ms per update {spread(ms["all"])}: {parts}')

@@ -455,7 +455,7 @@ class RunFolder:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
         for name, style in (('train_loss', 'C0-'), ('val_loss', 'C1o-')):
-            points = [(float(row['elapsed_s']), float(row[name])) for row in self.rows() if row[name]]
+            points = [(float(row['elapsed_s']), float(row[name])) for row in self.rows() if row.get(name)]
             if points:
                 axes.plot(*zip(*points), style, label=name.replace('_', ' '), markersize=4, linewidth=1.5)
         axes.set(xlabel='seconds', ylabel='loss (nats per token)', title=title)

@@ -393,7 +393,9 @@ def fit(make, sequences, config, n_micro, rounds=3):
     while True:
         try:
             reset_peak_memory(device)
-            return try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds)
+            found = try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds)
+            gc.collect()  # a compiled model lives in cycles
+            return found
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
                 raise

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import timeit
-import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -100,7 +99,7 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; https://arxiv.org/abs/1910.07467 (4)."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, cast(self.weight, x), self.eps)
+        return recompute(lambda x: F.rms_norm(x, self.normalized_shape, cast(self.weight, x), self.eps), x)
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
@@ -299,7 +298,7 @@ class GPT(nn.Module):
         check_prompts(input_ids, num_samples, self.config.vocab_size)
         rows, device = max(num_samples, input_ids.size(0)), self.embedding.weight.device
         input_ids = input_ids.to(device)
-        cache = KVCache(self.config.block_size, device)
+        cache = KVCache(self.config.block_size, device, length=input_ids.size(1) + max_new_tokens)
         seen = None  # (B, vocab_size): the ids in each row's text so far
         if repetition_penalty != 1:
             seen = torch.zeros(rows, self.config.vocab_size, dtype=torch.bool, device=device)
@@ -366,10 +365,12 @@ class KVCache:
     on for ever: past block_size each token attends to the last block_size tokens. A single token is written
     first and then attends to the slots. Several tokens attend to the slots and to one another and are written
     afterwards, because the first of them still need what the last will overwrite. The slots grow with the
-    text up to block_size; for a CUDA graph, which cannot grow, all are there from the start."""
+    text up to block_size; for a CUDA graph, which cannot grow, they are all there from the start."""
 
-    def __init__(self, block_size, device):
+    def __init__(self, block_size, device, length=2**62):
+        """length: the most positions that will be read"""
         self.block_size = block_size
+        self.most_slots = min(block_size, length)
         self.length = 0  # positions read so far,
         self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and where a CUDA graph can count them
         self.slot_positions = torch.empty(0, dtype=torch.int64, device=device)
@@ -419,7 +420,7 @@ class KVCache:
         if size >= wanted:
             return
         if uses_graph(self.slot_positions.device):
-            more = self.block_size - size
+            more = self.most_slots - size
         else:
             more = min(self.block_size, max(128, wanted + wanted // 4)) - size
         unused = 2**62  # a position that no query reaches
@@ -594,6 +595,10 @@ class Optimizers:
         try:
             for part, saved in zip(self.parts, state['parts'], strict=True):
                 part.load_state_dict(saved)
+                for p in part.state:  # a fused step does not check sizes and would write out of bounds
+                    for name, value in part.state[p].items():
+                        if part.defaults.get('fused') and name != 'step' and value.shape != p.shape:
+                            raise ValueError(f'{name} is {tuple(value.shape)}, not {tuple(p.shape)}')
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
         for group, own in zip(self.param_groups, options):
@@ -605,7 +610,8 @@ def make_optimizer(model, settings):
     optimizer = Optimizers(OPTIMIZERS[settings['optimizer']](model, settings))
     for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
-    make_capturable(optimizer, model.embedding.weight.device)
+    if settings.get('cuda_graphs'):
+        make_capturable(optimizer, model.embedding.weight.device)
     times = Counter(p for group in optimizer.param_groups for p in group['params'])
     for name, p in model.named_parameters():
         if times[p] != 1:
@@ -720,13 +726,13 @@ def check_continues(saved, source, config, meta, data_id):
         raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {again}')
     if saved['config'].get('optimizer') != config['optimizer']:
         raise ValueError(f'{source} was made by another optimizer: {again}')
-    if 'val_step' not in saved:
+    if not {'val_step', 'evals_since_best'} <= saved.keys():
         raise ValueError(f'{source} is of an earlier version of this program: {again}')
     if saved['dataset_sha256'] != data_id:
         raise ValueError(f'data/{config["dataset"]} is not what {source} was trained on (another sha256): '
                          f'{again}')
     made, evaluated = saved['iter_num'], saved['iter_num'] == saved['val_step']
-    if made >= config['max_iters'] and evaluated and not config['eval_only']:
+    if made + evaluated > config['max_iters'] and not config['eval_only']:
         raise ValueError(f'already finished ({made} of {config["max_iters"]} updates): raise --max_iters to '
                          'continue')
     if 0 < config['patience'] <= saved['evals_since_best'] and not config['eval_only']:
@@ -779,7 +785,7 @@ def check_model(model):
 
 FAST = True
 LARGE = 2**20  # elements from which recompute() pays
-MANY_LOGITS = 2**24  # the most that in_slices() makes at once on a CPU; elsewhere 64 times as many
+MANY_LOGITS = 2**23  # the most that in_slices() makes at once on a CPU; elsewhere 128 times as many
 
 def faster_attention(q, k, mask):
     """The kernel that is faster than attention()'s for these shapes, or None."""
@@ -810,9 +816,9 @@ def short_attention(q, k, v, mask):
     return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 def recompute(function, x):
-    """On a CPU: function(x); if x is large, only x is kept, and the rest is computed again in backward. For a
-    function that ends with a matrix product, whose own output is not needed again."""
-    if FAST and x.is_cpu and x.numel() > LARGE and torch.is_grad_enabled():
+    """On a CPU: function(x); if x is large, only x is kept, and the rest is computed again in backward. For
+    cheap functions, and for those that end with a matrix product, whose own output is not needed again."""
+    if FAST and x.is_cpu and x.numel() > LARGE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return checkpoint(function, x, use_reentrant=False)
     return function(x)
 
@@ -820,11 +826,11 @@ def in_slices(loss, x, targets, config):
     """loss(x, targets), a sum over rows of x (B, T, C) and targets (B, T), in slices of rows whose logits are
     computed again in backward, so that all logits never exist together. torch.compile sees one piece."""
     x, targets = x.flatten(0, 1), targets.flatten()
-    rows = (MANY_LOGITS if x.is_cpu else 64 * MANY_LOGITS) // config.vocab_size + 1
+    rows = (MANY_LOGITS if x.is_cpu else 128 * MANY_LOGITS) // config.vocab_size + 1
     if not FAST or len(x) <= rows or torch.compiler.is_compiling():
         return loss(x, targets)
     parts = zip(x.split(rows), targets.split(rows))
-    return sum(checkpoint(loss, *part, use_reentrant=False) for part in parts)
+    return sum(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
 
 @functools.cache
 @torch.inference_mode(False)
@@ -881,21 +887,20 @@ def make_capturable(optimizer, device):
 def captured(function, device, allowed=True, generator=None):
     """On CUDA: a function of tensors, of the same shapes in every call, as a graph: one launch instead of
     hundreds. The next call overwrites its results. generator: one of its own that it draws from."""
-    return Graph(function, generator) if allowed and uses_graph(device) else function
+    return Graph(function, device, generator) if allowed and uses_graph(device) else function
 
 class Graph:
-    """Three real calls warm up; the fourth is recorded, and from then on replayed. If that fails, a warning
-    says why, and all calls are real."""
+    """Three real calls warm up; the fourth is captured, and from then on replayed."""
 
-    def __init__(self, function, generator):
-        self.function, self.generator = function, generator
+    def __init__(self, function, device, generator):
+        self.function, self.device, self.generator = function, device, generator
         self.calls, self.graph = 0, None
 
     def __call__(self, *inputs):
         self.calls += 1
         if self.calls == 4:
             self.capture(inputs)
-        if self.graph is None:
+        if self.graph is None or any(kept.shape != new.shape for kept, new in zip(self.inputs, inputs)):
             return self.function(*inputs)
         for kept, new in zip(self.inputs, inputs):
             kept.copy_(new)
@@ -904,15 +909,15 @@ class Graph:
 
     def capture(self, inputs):
         self.inputs = [x.clone() for x in inputs]
-        graph = torch.cuda.CUDAGraph()
-        try:
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # another thread reads batches
+        self.graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            self.graph.register_generator_state(self.generator)
+        try:  # thread_local: another thread reads batches
+            with torch.cuda.device(self.device), torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
                 self.results = self.function(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            warnings.warn(f'no CUDA graph, which would be faster: {str(error)[:200]}')
+        except RuntimeError as error:  # which leaves torch unable to go on
+            raise ValueError(f'this model cannot be a CUDA graph ({str(error)[:200]}): set FAST = False in '
+                             'model.py') from error
 
 # ----------------------------------------------------------------------------
 

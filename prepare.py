@@ -243,7 +243,7 @@ def download(source, folder, part):
     except requests.RequestException as error:
         why = printable(error) if isinstance(error, requests.HTTPError) else 'the connection failed'
         raise ConnectionError(f'{shown} cannot be downloaded ({why}): '
-                              f'try again, or put the text at {path}') from None
+                              f'try again, or put the text at {path} (mkdir -p {path.parent})') from None
     if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
         raise ValueError(f'{shown} sent a different text than expected: try again, or put the text at {path}')
     path.parent.mkdir(exist_ok=True)
@@ -469,6 +469,8 @@ def prepare(sources, name=name, column=column, shuffle=shuffle, tokenizer=tokeni
 def fetch(name, offline=''):
     """-> the data set to train on: name, which is prepared if it is missing and a known one, or offline if it
     can't be downloaded"""
+    if Path(name).parent == DATA:  # data/poems
+        name = Path(name).name
     try:
         if name in KNOWN and name not in data_sets():
             prepare(name)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,7 +356,7 @@ def tiny(device='cpu', **changes):
     return model.eval().to(device)
 
 def make_optimizer(model, kind, **changes):
-    return gpt.make_optimizer(model, RATES | dict(optimizer=kind) | changes)
+    return gpt.make_optimizer(model, RATES | dict(optimizer=kind, cuda_graphs=True) | changes)
 
 def ids(*shape, seed=1):
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
@@ -1067,6 +1067,7 @@ def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(gpt, 'uses_graph', lambda device: True)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Recorder)
     monkeypatch.setattr(torch.cuda, 'graph', lambda graph, **options: graph)
+    monkeypatch.setattr(torch.cuda, 'device', nullcontext)
 
 @pytest.mark.parametrize('options', [dict(temperature=0), dict(top_k=5, repetition_penalty=1.3)], ids=str)
 def test_texts_that_are_replayed_equal_real_ones(graphs_on_cpu, monkeypatch, options):

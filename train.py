@@ -82,6 +82,7 @@ wandb_run_name = ''  # name of the run there; '': out_dir
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # of the arithmetic; weights are float32
 compile = 'auto'  # torch.compile; auto: where it pays
+cuda_graphs = False  # replay updates as CUDA graphs: for small models on one GPU; not measured on one yet
 threads = 0  # CPU threads; 0: as many as are fastest now
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
@@ -139,13 +140,14 @@ with plain_errors():
     elif config['init_from']:
         source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
         base = {**checkpoint['model_config']}
-        base['block_size'] = min(512, base['block_size'])  # less memory; RoPE has no weights for positions
+        if not config['eval_only']:
+            base['block_size'] = min(512, base['block_size'])  # less memory; RoPE has no weights for positions
     elif config['model_preset']:
         base = {**presets[config['model_preset']], 'vocab_size': 0}
-    if checkpoint and given.get('model_preset'):
-        raise ValueError(f'--model_preset is for new models: {source} has its own shape')
-    if config['resume'] and given.get('init_from'):
+    if config['resume'] and given.get('init_from') and 'RANK' not in os.environ:
         raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
+    if checkpoint and not config['resume'] and given.get('model_preset'):
+        raise ValueError(f'--model_preset is for new models: {source} has its own shape')
     config |= base | given
 
     # device, processes, data
@@ -164,15 +166,17 @@ with plain_errors():
     data = prepare.load_dataset(config['dataset'])
 
     # plan: what --minutes decides, unless it is given
-    planned = {}
+    planned, planning = {}, config['minutes'] and not checkpoint and not config['eval_only']
     if config['minutes'] and checkpoint:
         say(f'note    --minutes plans new models: this run starts from {source}, and max_iters is its length')
-    elif config['minutes'] and not config['eval_only']:
+    if planning and 'max_iters' in given:
+        say(f'note    max_iters is given: the run takes as long as {config["max_iters"]} updates take')
+    if planning:
         planned = hardware.from_rank_0(hardware.plan(config, len(data.train), data.meta['vocab_size']))
         planned = {name: value for name, value in planned.items() if name not in base | given}
         config |= planned
     if {'n_layer', 'n_head', 'n_embd'} & given.keys() and 'n_kv_head' not in given and not checkpoint:
-        config['n_kv_head'] = 0  # the n_kv_head of a preset or a plan may not divide another n_head
+        config['n_kv_head'] = planned['n_kv_head'] = 0  # a preset's or a plan's may not divide another n_head
     default_vocab_size = checkpoint['model_config']['vocab_size'] if checkpoint else data.meta['vocab_size']
     gpt_config = config_from(config, vocab_size=config['vocab_size'] or default_vocab_size)
     config |= asdict(gpt_config)
@@ -191,17 +195,21 @@ with plain_errors():
     def sequences(n):
         return next(prepare.batches(data.train, 0, n, n, config['block_size'], 0, config['device']))
 
+    reason = ''
+    if config['compile'] == 'true':
+        config['compile'], reason = hardware.choose_compile('true', config['device'], 0)
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
         trial = hardware.fit(start, sequences, config, n_micro, rounds=0 if config['eval_only'] else 3)
     config['batch_size'], n_micro = trial.batch_size, trial.n_micro
-    if planned:
+    if planning:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
         length = hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
-        length = hardware.from_rank_0(length)
-        planned |= {name: value for name, value in length.items() if name not in given}
-        config |= planned | {'batch_size': trial.batch_size}
+        length = {name: value for name, value in hardware.from_rank_0(length).items() if name not in given}
+        planned |= length
+        config |= length
     seconds_left = trial.seconds * (config['max_iters'] - (updates_made if config['resume'] else 0))
-    config['compile'], reason = hardware.choose_compile(config['compile'], config['device'], seconds_left)
+    if config['compile'] == 'auto':
+        config['compile'], reason = hardware.choose_compile('auto', config['device'], seconds_left)
 
 globals().update(config)  # from here on no setting changes
 engine = f'not compiled ({reason})' if reason else 'compiled' if compile == 'true' else 'not compiled'
@@ -215,8 +223,8 @@ factors = {'micro-batches': n_micro, 'processes': world_size, 'sequences': batch
 product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
 say(f'update  {tokens_per_update:,} tokens = {product}')
 say(f'run     {max_iters:,} updates, {epochs:.2g} passes over the text')
-if planned:
-    names = [name for name in dict.fromkeys(['dataset', *planned, *given]) if name != 'minutes']
+if planning:
+    names = [name for name in dict.fromkeys(['dataset', *planned, *given]) if name not in ('minutes', 'dry_run')]
     flags = shlex.join(f'--{name}={config[name]}' for name in names)
     say(f'plan    for {minutes:g} minutes, the same as: python train.py {flags}')
 if checkpoint:
@@ -310,8 +318,9 @@ def take_step():
     optimizers.zero_grad(set_to_none=not graphs)
     return norm
 
-# On one GPU, where nothing is compiled, both become CUDA graphs. Their gradients must stay where they are.
-graphs = uses_graph(torch.device(device)) and compile == 'false' and world_size == 1 and dtype != 'float16'
+# As CUDA graphs, on one GPU and not compiled, both need gradients that stay where they are.
+graphs = cuda_graphs and uses_graph(torch.device(device)) and compile == 'false' and world_size == 1
+graphs = graphs and dtype != 'float16'  # its scaler decides in Python
 add_gradients = captured(add_gradients, torch.device(device), graphs and not gradient_checkpointing)
 take_step = captured(take_step, torch.device(device), graphs and optimizers.capturable)
 
