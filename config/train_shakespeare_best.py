@@ -10,8 +10,8 @@ n_embd = 256
 block_size = 256
 batch_size = 8
 
-max_iters = 1300
+max_iters = 1000
 warmup_iters = 10
 lr_schedule = 'linear'
-eval_interval = 650
+eval_interval = 500
 eval_iters = 0

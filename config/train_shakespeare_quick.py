@@ -10,9 +10,9 @@ n_embd = 128
 block_size = 64
 batch_size = 12
 
-max_iters = 320
+max_iters = 260
 muon_momentum = 0.8
 warmup_iters = 5
 lr_schedule = 'linear'
-eval_interval = 320
+eval_interval = 260
 eval_iters = 0
