@@ -5,8 +5,8 @@
     python train.py config/train_shakespeare.py --batch_size=32 --resume
     python configurator.py                            # answer questions, get a config file
 
-Settings are the fields of dataclasses and the assignments at the top of a script. Config files assign others, and
---name=value flags win over both. A mistake is one line and exit status 2, never a traceback.
+Settings are the fields of dataclasses and the assignments at the top of a script. Config files assign others,
+and --name=value flags win over both. A mistake is one line and exit status 2, never a traceback.
 """
 import ast
 import csv
@@ -145,8 +145,8 @@ def read_block(source):
         defaults = {field.name: field.default for field in dataclasses.fields(source)}
         for name, value in defaults.items():
             if type(value) not in KINDS:
-                raise ValueError(f'{source.__name__}.{name} = {value!r} cannot be a setting: let it start as true '
-                                 'or false, a number or a text, and let 0 or an empty text mean none')
+                raise ValueError(f'{source.__name__}.{name} = {value!r} cannot be a setting: let it start as '
+                                 'true or false, a number or a text, and let 0 or an empty text mean none')
     else:
         text = Path(source).read_text(encoding='utf-8')
         tree = ast.parse(text)
@@ -202,7 +202,8 @@ def unknown(name, known, what='setting', advice='--help lists them'):
     return f'there is no {what} {name!r}: {advice}'
 
 class Namespace(dict):
-    """What a config file assigns; where it only reads a setting, it finds the value so far."""
+    """What a config file assigns; where it only reads a setting, it finds the block's default, or what an
+    earlier config file gave."""
     settings = {}
 
     def __missing__(self, name):
@@ -254,7 +255,8 @@ def configure(*sources, argv=None, allowed={}):
     if '-h' in argv or '--help' in argv:
         print(help_text(sources, settings, allowed))
         sys.exit(0)
-    for argument in argv:
+    end = argv.index('--') if '--' in argv else len(argv)  # what follows are no flags
+    for argument in argv[:end]:
         name, equals, text = argument.lstrip('-').partition('=')
         if not argument.startswith('-') or argument == '-':
             plain.append(expanded(argument))
@@ -265,6 +267,7 @@ def configure(*sources, argv=None, allowed={}):
             flags[name] = checked(f'--{name}', value, settings[name], allowed.get(name))
         else:
             raise ValueError(f'{argument} needs a value: write {argument}=VALUE, with an equals sign')
+    plain += map(expanded, argv[end + 1:])
     collects = [name for name in settings if isinstance(settings[name], list)]
     if collects:  # it takes what is no flag, and there are no config files
         flags[collects[0]], plain = plain, []
@@ -430,7 +433,8 @@ class RunFolder:
             import wandb
             kept = Path(self.path, '.wandb')  # the id of the run there
             id = kept.read_text() if kept.exists() else None
-            self.wandb_run = wandb.init(project=project, name=name or self.path, config=config, id=id, resume='allow')
+            self.wandb_run = wandb.init(project=project, name=name or self.path, config=config, id=id,
+                                        resume='allow')
             kept.write_text(self.wandb_run.id)
 
     def log(self, row):
@@ -478,7 +482,8 @@ def show_status(machine, data_sets, load):
             continue
         updates, loss = run['config']['max_iters'], run['best_val_loss']
         judged = 'not evaluated yet' if loss == float('inf') else f'best validation loss {loss:.4f}'
-        print(f'run in {path.parent}: {run["config"]["dataset"]}, update {run["iter_num"]} of {updates}, {judged}')
+        print(f'run in {path.parent}: {run["config"]["dataset"]}, update {run["iter_num"]} of {updates}, '
+              f'{judged}')
         script = 'train.py --resume' if run['iter_num'] < updates else 'sample.py'
         command = f'python {script} --out_dir={shlex.quote(str(path.parent))}'
     print(f'next: {command}')

@@ -289,10 +289,10 @@ class GPT(nn.Module):
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                repetition_penalty=1.0, num_samples=1, generator=None, stop_token=None):
         """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
-        one prompt (1, T); sample() explains the other options. A row that has drawn stop_token repeats it; the
-        text ends when every row has. T and max_new_tokens have no limit: a token sees the block_size positions
-        up to itself. Fastest where the weights have the precision of the arithmetic: model.to(torch.bfloat16)
-        first. ValueError for options and ids out of range."""
+        one prompt (1, T); sample() explains the other options. A row that has drawn stop_token repeats it;
+        the text ends when every row has. T and max_new_tokens have no limit: a token sees the block_size
+        positions up to itself. Fastest where the weights have the precision of the arithmetic:
+        model.to(torch.bfloat16) first. ValueError for options and ids out of range."""
         check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                       min_p=min_p, repetition_penalty=repetition_penalty, num_samples=num_samples)
         check_prompts(input_ids, num_samples, self.config.vocab_size)
@@ -818,7 +818,8 @@ def short_attention(q, k, v, mask):
 def recompute(function, x):
     """On a CPU: function(x); if x is large, only x is kept, and the rest is computed again in backward. For
     cheap functions, and for those that end with a matrix product, whose own output is not needed again."""
-    if FAST and x.is_cpu and x.numel() > LARGE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    keeps_too_much = x.is_cpu and x.numel() > LARGE and torch.is_grad_enabled()
+    if FAST and keeps_too_much and not torch.compiler.is_compiling():
         return checkpoint(function, x, use_reentrant=False)
     return function(x)
 
@@ -913,8 +914,9 @@ class Graph:
         if self.generator is not None:
             self.graph.register_generator_state(self.generator)
         try:  # thread_local: another thread reads batches
-            with torch.cuda.device(self.device), torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
-                self.results = self.function(*self.inputs)
+            with torch.cuda.device(self.device):
+                with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+                    self.results = self.function(*self.inputs)
         except RuntimeError as error:  # which leaves torch unable to go on
             raise ValueError(f'this model cannot be a CUDA graph ({str(error)[:200]}): set FAST = False in '
                              'model.py') from error

@@ -569,7 +569,8 @@ def text_id(data):
 def check_fits(data, config):
     """ValueError unless the model of config can read the data set."""
     if config['vocab_size'] < data.meta['vocab_size']:
-        raise ValueError(f'vocab_size is {config["vocab_size"]}, the data set has {data.meta["vocab_size"]} tokens')
+        raise ValueError(f'vocab_size is {config["vocab_size"]}, the data set has {data.meta["vocab_size"]} '
+                         'tokens')
     for split, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= config['block_size']:
             raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {config["block_size"]} needs '

@@ -336,7 +336,7 @@ def steps(part):
     return [part] if part else []
 
 def plain_tokenizer(contents):
-    """Reduce a tokenizer.json to what determines its ids, so that files saved by different versions are equal.
+    """Reduce a tokenizer.json to what determines its ids: files saved by different versions become equal.
     ValueError names a part that is not supported: ids must decode to the exact text, piece by piece."""
     from tokenizers import Tokenizer as HF
     try:

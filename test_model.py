@@ -112,6 +112,11 @@ def test_a_flag_is_read_as_its_settings_type(settings, flag, value):
     read = settings(flag)[flag[2:].partition('=')[0]]
     assert read == value and type(read) is type(value)
 
+def test_after_two_dashes_nothing_is_a_flag(empty):
+    Path('sources.py').write_text('sources = []\nname = ""\nconfigure(__file__)')
+    argv = ['a.txt', '--name=x', '--', '-b.txt', '--c']
+    assert configurator.configure('sources.py', argv=argv)[0] == {'sources': ['a.txt', '-b.txt', '--c'], 'name': 'x'}
+
 @pytest.mark.parametrize('mistake, says', [
     ('--batchsize=3', 'did you mean batch_size'),
     ('--batch_size=1e3', 'whole number'),

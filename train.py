@@ -141,7 +141,7 @@ with plain_errors():
         source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
         base = {**checkpoint['model_config']}
         if not config['eval_only']:
-            base['block_size'] = min(512, base['block_size'])  # less memory; RoPE has no weights for positions
+            base['block_size'] = min(512, base['block_size'])  # to save memory; RoPE allows it
     elif config['model_preset']:
         base = {**presets[config['model_preset']], 'vocab_size': 0}
     if config['resume'] and given.get('init_from') and 'RANK' not in os.environ:
@@ -224,13 +224,13 @@ product = ' x '.join(f'{n} {name}' for name, n in factors.items() if n > 1)
 say(f'update  {tokens_per_update:,} tokens = {product}')
 say(f'run     {max_iters:,} updates, {epochs:.2g} passes over the text')
 if planning:
-    names = [name for name in dict.fromkeys(['dataset', *planned, *given]) if name not in ('minutes', 'dry_run')]
-    flags = shlex.join(f'--{name}={config[name]}' for name in names)
+    names = dict.fromkeys(['dataset', *planned, *given])
+    flags = shlex.join(f'--{name}={config[name]}' for name in names if name not in ('minutes', 'dry_run'))
     say(f'plan    for {minutes:g} minutes, the same as: python train.py {flags}')
 if checkpoint:
     say(f'start   from {source}, update {updates_made}')
     if resume and checkpoint['config']['max_iters'] != max_iters:
-        say('note    max_iters has changed, and the learning rate with it: it follows the new schedule from here')
+        say('note    max_iters has changed: the learning rate follows the new schedule from here')
 else:
     say(f'start   guessing has a loss of ln({vocab_size}) = {math.log(vocab_size):.3f} nats a token')
 if epochs > 20:

@@ -1,4 +1,4 @@
-# A character-level model of Shakespeare in two to three minutes on two CPU cores, seconds to a minute on a GPU:
+# A character-level model of Shakespeare in three to six minutes on two CPU cores, seconds to a minute on a GPU:
 #     python train.py config/train_shakespeare.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead

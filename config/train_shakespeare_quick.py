@@ -1,4 +1,4 @@
-# The first words in about ten seconds: a small character-level model of Shakespeare on two CPU cores:
+# The first words in ten to twenty seconds: a small character-level model of Shakespeare on two CPU cores:
 #     python train.py config/train_shakespeare_quick.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
