@@ -746,7 +746,7 @@ def check_model(model):
     not agree on a random text, as after a change in one path but not in the others. Dropout is off."""
     global FAST
     weight, c, compute_dtype = model.embedding.weight, model.config, model.compute_dtype
-    n = min(64, c.block_size)
+    n = min(32, c.block_size)
     ids = torch.randint(c.vocab_size, (1, n), generator=torch.Generator().manual_seed(0)).to(weight.device)
     chunks = [1, 1, 1, n - 6, 1, 1, 1] if n > 6 else [1] * n  # as the cache reads them
     fast, was_training = FAST, model.training
@@ -924,7 +924,7 @@ class Graph:
 # ----------------------------------------------------------------------------
 
 if __name__ == '__main__':
-    tiny = dict(block_size=64, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
+    tiny = dict(block_size=32, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
         with torch.device('meta'):  # train.py counts parameters so
