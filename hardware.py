@@ -119,7 +119,8 @@ def card_problem(device):
     if kind(device) != 'cuda' or torch.version.hip:
         return ''
     capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    if not archs or any(runs_on(capability, arch) for arch in archs):
+    usable = [arch for arch in archs if runs_on(capability, arch)]
+    if usable or not archs:
         return ''
     return 'compute capability %d.%d: this PyTorch is built for ' % capability + ', '.join(archs)
 

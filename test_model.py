@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
@@ -115,7 +116,8 @@ def test_a_flag_is_read_as_its_settings_type(settings, flag, value):
 def test_after_two_dashes_nothing_is_a_flag(empty):
     Path('sources.py').write_text('sources = []\nname = ""\nconfigure(__file__)')
     argv = ['a.txt', '--name=x', '--', '-b.txt', '--c']
-    assert configurator.configure('sources.py', argv=argv)[0] == {'sources': ['a.txt', '-b.txt', '--c'], 'name': 'x'}
+    settings, _ = configurator.configure('sources.py', argv=argv)
+    assert settings == {'sources': ['a.txt', '-b.txt', '--c'], 'name': 'x'}
 
 @pytest.mark.parametrize('mistake, says', [
     ('--batchsize=3', 'did you mean batch_size'),
@@ -213,6 +215,11 @@ def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, 
     monkeypatch.setattr(hardware, 'proc', lambda path, field: system.get(field, ''))
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
     assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
+
+@pytest.mark.parametrize('version, too_old', [('2.9.0a0+145a3a7bda.nv25.10', False), ('2.8.1', True)])
+def test_only_the_release_number_of_pytorch_counts(machine, version, too_old):
+    machine(version=version)
+    assert ('PyTorch 2.9 or later' in hardware.version_problem()) == too_old
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, 'compile', failing(RuntimeError, 'no compiler\nhere'))
@@ -312,6 +319,55 @@ def test_other_sources_or_settings_do_not_replace_a_data_set_unasked(empty):
     assert 'tokenizer=char' in refusal(prepare.prepare, 'in.txt', tokenizer='bpe')
     prepare.prepare('other.txt', name='in', overwrite=True)
     assert text_of('in') == 'cd' * 200
+
+def test_a_data_set_may_lie_on_another_disk(empty, monkeypatch):
+    elsewhere = empty / 'elsewhere' / 'p'  # a stand-in for another disk
+    elsewhere.parent.mkdir()
+    Path('data').mkdir()
+    Path('data/p').symlink_to(elsewhere)
+    replace = os.replace
+
+    def same_disk_only(old, new):
+        disks = {Path(path).resolve().is_relative_to(elsewhere) for path in (old, new)}
+        if len(disks) > 1:
+            raise OSError(18, 'Invalid cross-device link')
+        replace(old, new)
+
+    monkeypatch.setattr(os, 'replace', same_disk_only)
+    Path('s.txt').write_text('one ' * 99)
+    prepare.prepare('s.txt', name='p')
+    assert text_of('p') == 'one ' * 99
+    assert sorted(os.listdir(elsewhere)) == ['meta.json', 'train.bin', 'val.bin']
+
+def test_what_fails_leaves_the_old_data_set_as_it_was(empty):
+    prepared('ab' * 200)
+    before = {path: path.read_bytes() for path in Path('data/in').iterdir()}
+    assert 'too little text' in refusal(prepare.prepare, 'in.txt', val_fraction=1e-9, overwrite=True)
+    assert {path: path.read_bytes() for path in Path('data/in').iterdir()} == before
+    assert 'is not a file' in refusal(prepare.prepare, 'missing', name='x')
+    assert not Path('data/x').exists()
+
+def test_validation_holds_text_however_many_files_are_empty(empty):
+    Path('texts').mkdir()
+    Path('texts/0.txt').write_text('one two ' * 40)
+    for i in range(400):
+        Path(f'texts/e{i}.txt').write_text('\ufeff' * (i % 2), 'utf-8')
+    meta = load_dataset(prepare.prepare('texts')).meta
+    assert meta['bytes'] == {'train': 288, 'val': 32}
+    Path('texts/0.txt').unlink()
+    assert 'too little text' in refusal(prepare.prepare, 'texts', name='none')
+
+def test_a_million_blanks_in_a_row_are_a_text_like_any_other(empty):
+    text = 'a' + ' ' * 1_500_000 + 'b'
+    Path('blanks.txt').write_text(text)
+    assert text_of(prepare.prepare('blanks.txt', tokenizer='bpe', vocab_size=257).name) == text
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='Windows has none')
+def test_a_pipe_is_read_once(empty):
+    text = 'naïve text\n' * 5000
+    os.mkfifo('fifo')
+    threading.Thread(target=lambda: Path('fifo').write_text(text, 'utf-8'), daemon=True).start()
+    assert text_of(prepare.prepare('fifo', tokenizer='bpe', vocab_size=300).name) == text
 
 def test_bytes_are_those_of_the_text_also_if_the_tokenizer_loses_some(empty, monkeypatch):
     monkeypatch.setattr(Tokenizer, 'encode', lambda self, text: [0] * len(text.split()))
@@ -444,7 +500,8 @@ def test_presets_have_the_size_they_promise(name, millions):
 @formula
 def test_the_loss_starts_near_log_vocab_size():
     model, x = create_model('tiny', vocab_size=500, n_layer=3), torch.randint(500, (4, 65))
-    assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(math.log(500) + 0.5, abs=0.2)  # logits of size 1
+    loss = model(x[:, :-1], x[:, 1:])[1].item()
+    assert loss == pytest.approx(math.log(500) + 0.5, abs=0.2)  # the logits' variance of 1 costs a half
 
 @formula
 def test_muon_makes_the_step_of_torch_optim_muon_on_each_part(monkeypatch):
@@ -936,7 +993,8 @@ def test_the_picture_is_drawn_where_matplotlib_is_there(place):
 def test_the_questions_end_in_a_config_file_that_runs(place):
     answers = ['1', '0.05', 'huge', '6', '2', '3', '64', '32', 'custom', '2', '2', '64', '32', 'my book', 'no']
     out, _ = call_script('train.py', '--interactive', typed='\n'.join(answers))
-    assert '1 plain' in out and 'start it now [yes]' in out and 'divide into n_head 3' in out and "'huge'" in out
+    assert '1 plain' in out and 'start it now [yes]' in out
+    assert 'divide into n_head 3' in out and "'huge'" in out
     text = Path('config/my_book.py').read_text()
     assert text.splitlines()[1:] == [
         "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', 'n_layer = 2', 'n_head = 2', 'n_embd = 64',
@@ -1018,11 +1076,13 @@ def test_a_repetition_penalty_divides_positive_and_multiplies_negative_logits_of
     assert sample(logits, temperature=0, repetition_penalty=1.1, seen=seen).item() == 1  # 1.82 < 1.9
     assert sample(logits, temperature=0, repetition_penalty=1.01, seen=seen).item() == 0
     negative = torch.tensor([[-9.0, -9.0, -1.0, -1.1]])
-    assert sample(negative, temperature=0, repetition_penalty=1.2, seen=torch.tensor([[False] * 2 + [True, False]])) == 3
+    seen = torch.tensor([[False, False, True, False]])
+    assert sample(negative, temperature=0, repetition_penalty=1.2, seen=seen).item() == 3
 
 @pytest.mark.parametrize('options, says', [
     (dict(top_k=-1), 'top_k is -1'), (dict(temperature=math.nan), 'temperature is nan'),
-    (dict(top_p=0), 'top_p is 0'), (dict(min_p=2), 'min_p is 2'), (dict(max_new_tokens=0), 'max_new_tokens is 0'),
+    (dict(top_p=0), 'top_p is 0'), (dict(min_p=2), 'min_p is 2'),
+    (dict(max_new_tokens=0), 'max_new_tokens is 0'),
     (dict(input_ids=[[3, 50]]), 'the id 50'), (dict(input_ids=[[1], []]), 'an id at least'),
 ])
 def test_what_cannot_be_drawn_is_refused_with_its_value(options, says):
@@ -1064,7 +1124,8 @@ class Recorder(TorchDispatchMode):
         with torch._C._AutoDispatchBelowAutograd():
             for function, args, kwargs, result in self.notes:
                 for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
-                    if torch.is_tensor(new) and new.data_ptr() != kept.data_ptr():  # neither a view nor in place
+                    # neither a view nor in place
+                    if torch.is_tensor(new) and new.data_ptr() != kept.data_ptr():
                         kept.copy_(new)
 
 @pytest.fixture
@@ -1220,11 +1281,12 @@ def test_the_benchmark_measures_what_it_says(place):
 @pytest.fixture
 def talker(empty, monkeypatch):
     """talker(*flags, typed='', says='') -> (out, err) of sample.py, and what the model was told last."""
-    save_checkpoint('char.pt', checkpoint(tiny(vocab_size=9), tokenizer={'kind': 'char', 'chars': '\n\tabcdeé'}))
+    meta = {'kind': 'char', 'chars': '\n\tabcdeé'}
+    save_checkpoint('char.pt', checkpoint(tiny(vocab_size=9), tokenizer=meta))
     told = {}
 
     def talk(*flags, typed='', says=''):
-        coder = Tokenizer({'kind': 'char', 'chars': '\n\tabcdeé'})
+        coder = Tokenizer(meta)
 
         def stream(self, prompts, max_new_tokens, **options):
             told.update(options, text=coder.decode(prompts[0].tolist()), max_new_tokens=max_new_tokens)
