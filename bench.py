@@ -23,7 +23,7 @@ import torch
 import hardware
 import prepare
 from configurator import configure, plain_errors, set_up_output
-from model import GPTConfig, OPTIMIZERS, config_from, presets, start_training
+from model import GPTConfig, OPTIMIZERS, config_from, make_update, presets, start_training
 
 # ----------------------------------------------------------------------------
 # settings, on top of train.py's. Without --dataset or a config file's, tokens are random ones.
@@ -80,9 +80,7 @@ with plain_errors():
     data = prepare.load_dataset(config['dataset']) if 'dataset' in given else None
     vocab_size = data.meta['vocab_size'] if data else GPTConfig.vocab_size
     model_config = config_from(config, vocab_size=config['vocab_size'] or vocab_size)
-    config['compile'], problem = hardware.choose_compile(config['compile'], device, 0)
-    if problem and 'compile' in given:
-        raise ValueError(f'torch.compile does not work here: {problem}')
+    config['compile'] = given.get('compile', 'false')
 globals().update(config)
 block_size = model_config.block_size
 
@@ -95,20 +93,34 @@ def sequences(n):
     ids = torch.randint(model_config.vocab_size, (n, block_size + 1), device=device)
     return ids[:, :-1], ids[:, 1:]
 
+def update_in_parts(model, optimizer, x, y):
+    """One update, which pauses after each of its parts: forward, backward, optimizer."""
+    loss = model(x, y, return_logits=False)[1]
+    yield
+    loss.backward()
+    yield
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    yield
+
 # ----------------------------------------------------------------------------
-# training: whole updates, then their parts, each waited for
+# training: whole updates, as CUDA graphs where train.py uses them, then their parts, each waited for
 
 with plain_errors():  # of the data
-    trial = hardware.fit(make, sequences, config, 1, updates + 1)
+    trial = hardware.fit(make, make_update, sequences, config, 1, lambda seconds: 600.0, updates + 1)
+    if trial.not_compiled and compile == 'true':
+        raise ValueError(f'torch.compile does not work here: {trial.not_compiled}')
 peak_memory = hardware.peak_memory(device)
 peak, origin = hardware.peak_flops(device, dtype)
 model, optimizer = make()
 tokens_per_sec = trial.batch_size * trial.n_micro * block_size / median(trial.all_seconds)
 mfu = model.flops_per_token() * tokens_per_sec / peak
-trained = torch.compile(model) if compile == 'true' else model
+compiled = trial.compile == 'true'
+trained = torch.compile(model) if compiled else model
 if profile:
     with torch.profiler.profile() as profiler:
-        list(hardware.update_in_parts(trained, optimizer, [sequences(trial.batch_size)]))
+        list(update_in_parts(trained, optimizer, *sequences(trial.batch_size)))
     by = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
     print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
     sys.exit()
@@ -118,7 +130,7 @@ for _ in range(len(trial.all_seconds) + 1):
     micro_batch = sequences(trial.batch_size)
     hardware.synchronize(device)
     stamps.append(time.perf_counter())
-    for _ in hardware.update_in_parts(trained, optimizer, [micro_batch]):
+    for _ in update_in_parts(trained, optimizer, *micro_batch):
         hardware.synchronize(device)
         stamps.append(time.perf_counter())
     for part, (a, b) in zip(PARTS, itertools.pairwise(stamps)):
@@ -139,7 +151,7 @@ bandwidth_share = weights / (median(steps) / 1000) / bandwidth
 
 f = dict(
     device=hardware.device_name(device), torch=torch.__version__, dtype=dtype,
-    compiled=compile == 'true', parameters=model.n_params(), block_size=block_size,
+    compiled=compiled, parameters=model.n_params(), block_size=block_size,
     batch_size=trial.batch_size, ms_per_update=ms, tokens_per_sec=tokens_per_sec, mfu=mfu, peak_flops=peak,
     peak_origin=origin, peak_memory=peak_memory,
     context=prompt.size(1), decode_batch=decode_batch, prefill_tokens_per_sec=1000 * prompt.numel() / prefill,

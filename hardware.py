@@ -38,6 +38,7 @@ PEAKS = {
 READINGS = 6  # of a text in a planned run; more overfit
 EVALUATION_TOKENS = 4096  # in a batch of an evaluation; more if a micro-batch is larger
 TRIAL_SECONDS = 20  # a trial makes no further update after so long
+COMPILE_SECONDS = 60  # that compiling takes, about
 CGROUP = '/sys/fs/cgroup'  # Linux's limits for this container
 INSTALL = 'the Get Started page of pytorch.org has the pip line of a PyTorch for it'
 
@@ -373,62 +374,75 @@ def plain_memory_errors(advice):
             raise
         raise ValueError(f'out of memory ({str(error)[:200]}): {advice}') from None
 
-def update_in_parts(model, optimizer, micro_batches):
-    """One update, which pauses after each of its parts: forward, backward, optimizer."""
-    for x, y in micro_batches:
-        loss = model(x, y, return_logits=False)[1]
-        yield
-        loss.backward()
-        yield
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    yield
+def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
+    """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
+    make_update as in model.py, sequences(n) -> x, y. In a single process the micro-batches are halved where
+    memory runs out. With compile=auto compiled updates, which take a minute to start, are tried as well if
+    they can save more than that in a run of run_seconds(seconds of an update).
+    -> what fits (batch_size, n_micro), compile and why it is off (not_compiled), seconds of each update
+    (all_seconds), the least of them (seconds), and seconds_per_evaluated_token."""
+    device, wish = config['device'], config['compile']
 
-def fit(make, sequences, config, n_micro, rounds=3):
-    """Try updates, and a batch of an evaluation, on throwaway models: make() -> (model, optimizer),
-    sequences(n) -> x, y. In a single process the micro-batches are halved where memory runs out.
-    -> what fits (batch_size, n_micro), seconds of each update (all_seconds), the least of them (seconds), and
-    seconds_per_evaluated_token."""
-    batch_size, device, compiled = config['batch_size'], config['device'], config['compile'] == 'true'
-    while True:
-        try:
+    def try_sizes(batch_size, n_micro, compiled):
+        while True:
             reset_peak_memory(device)
-            found = try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds)
-            gc.collect()  # a compiled model lives in cycles
-            return found
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
-                raise
-        gc.collect()  # frees the model that did not fit
-        if kind(device) != 'cpu':
-            torch.accelerator.empty_cache()
-        smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-        n_micro, batch_size = n_micro * batch_size // smaller, smaller
-        print(f'out of memory: {n_micro} micro-batches of {batch_size} sequences make the same update')
+            found = None
+            try:
+                found = try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
+            except (RuntimeError, MemoryError) as error:
+                if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
+                    raise
+            gc.collect()  # frees the model, parts of which live in cycles
+            if kind(device) != 'cpu':
+                torch.accelerator.empty_cache()
+            if found:
+                return found
+            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+            n_micro, batch_size = n_micro * batch_size // smaller, smaller
+            print(f'out of memory: {n_micro} micro-batches of {batch_size} sequences make the same update')
 
-def try_updates(make, sequences, batch_size, n_micro, device, compiled, rounds):
-    model, optimizer = make()
-    trained = torch.compile(model) if compiled else model
+    why_not = compile_problem(device) if wish == 'true' else ''
+    trial = try_sizes(config['batch_size'], n_micro, compiled=wish == 'true' and not why_not)
+    if wish == 'auto':
+        hoped = 0.05 if kind(device) == 'cpu' else 0.25  # share of the time that compiling saves
+        why_not = 'that would take longer than it saves'
+        if hoped * run_seconds(trial.seconds) > COMPILE_SECONDS:
+            why_not = compile_problem(device)
+            compiled = try_sizes(trial.batch_size, trial.n_micro, compiled=True) if not why_not else trial
+            if not why_not and compiled.seconds > 0.97 * trial.seconds:
+                why_not = f'compiled updates take {compiled.seconds / trial.seconds:.0%} of the time'
+            trial = trial if why_not else compiled
+    trial.not_compiled = why_not
+    return trial
+
+def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
+    model, optimizer = start()
     micro_batches = [sequences(batch_size)] * min(n_micro, 2)  # more of them take no more memory
-    seconds, began = [], time.perf_counter()
-    while len(seconds) < rounds and time.perf_counter() - began < TRIAL_SECONDS:
-        start = time.perf_counter()
-        for _ in update_in_parts(trained, optimizer, micro_batches):
-            pass
+    add_gradients, take_step = make_update(torch.compile(model) if compiled else model, optimizer, n_micro)
+    warm_up, together = (1, 1) if kind(device) == 'cpu' else (4, 4)  # a GPU runs several without a wait
+    all_seconds, began = [], time.perf_counter()
+    for number in range(rounds):
+        if number > 1 and time.perf_counter() - began > TRIAL_SECONDS:
+            break
+        begin, updates = time.perf_counter(), together if number > 0 else warm_up
+        for _ in range(updates):
+            for micro_batch in micro_batches:
+                add_gradients(*micro_batch)
+            take_step()
         synchronize(device)
-        seconds.append((time.perf_counter() - start) * n_micro / len(micro_batches))
-    all_seconds = seconds[1:] or seconds  # the first warms up
+        all_seconds.append((time.perf_counter() - begin) * n_micro / len(micro_batches) / updates)
+    all_seconds = all_seconds[1:] or all_seconds  # the first round warms up
     x, y = sequences(max(batch_size, EVALUATION_TOKENS // micro_batches[0][0].size(1)))
     model.eval()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     with torch.no_grad():
         model(x, y, return_logits=False)
     synchronize(device)
-    evaluated_token = (time.perf_counter() - start) / x.numel()
+    evaluated_token = (time.perf_counter() - begin) / x.numel()
     least, evaluated_token = mean_over_processes([min(all_seconds, default=0.0), evaluated_token], device)
-    return SimpleNamespace(batch_size=batch_size, n_micro=n_micro, all_seconds=all_seconds, seconds=least,
-                           seconds_per_evaluated_token=evaluated_token)
+    return SimpleNamespace(
+        batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false',
+        all_seconds=all_seconds, seconds=least, seconds_per_evaluated_token=evaluated_token)
 
 def set_accumulation(config, world_size):
     """Set config's tokens_per_update, if it is 0 -> the number of micro-batches in an update. ValueError if
@@ -449,16 +463,6 @@ def check_memory(device, n_params):
     if 0 < there < least:
         raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has '
                          f'{there}: choose a smaller model')
-
-def choose_compile(wish, device, seconds):
-    """('true' or 'false', why not or '') for auto, true or false and a run of so many seconds. Compiling
-    takes about a minute."""
-    problem = ''
-    if wish == 'auto' and seconds < (1200 if kind(device) == 'cpu' else 120):
-        problem = 'compiling would take longer than it saves'
-    elif wish != 'false':
-        problem = compile_problem(device)
-    return 'false' if problem or wish == 'false' else 'true', problem
 
 def plan(config, n_tokens, vocab_size):
     """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten

@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import re
-import timeit
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -114,7 +113,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        return fast_linear(x, cast(self.weight, x), cast(self.bias, x))
+        return F.linear(x, cast(self.weight, x), cast(self.bias, x))
 
 def make_norm(size, config):
     """Every norm of the model, those of queries and keys included."""
@@ -317,7 +316,6 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            fast_layout(self, by_columns=rows == 1)
             logits = self(input_ids, cache=cache)[0]
             if num_samples > 1:
                 cache.repeat(num_samples)
@@ -334,7 +332,6 @@ class GPT(nn.Module):
                 if stop_token is not None and ended.all():
                     break
         finally:
-            fast_layout(self, by_columns=False)  # as the optimizer's state is laid out
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
@@ -364,16 +361,16 @@ class KVCache:
     `slot_positions` says which position each slot holds; attention_mask() needs nothing else. A text may go
     on for ever: past block_size each token attends to the last block_size tokens. A single token is written
     first and then attends to the slots. Several tokens attend to the slots and to one another and are written
-    afterwards, because the first of them still need what the last will overwrite. The slots grow with the
-    text up to block_size; for a CUDA graph, which cannot grow, they are all there from the start."""
+    afterwards, because the first of them still need what the last will overwrite."""
 
     def __init__(self, block_size, device, length=2**62):
-        """length: the most positions that will be read"""
-        self.block_size = block_size
-        self.most_slots = min(block_size, length)
+        """length: the most positions that will be read; a shorter text needs fewer slots"""
+        slots = 8 * math.ceil(min(block_size, length) / 8)  # GPUs' attention kernels want a multiple of 8
+        unused = 2**62  # a position that no query reaches
+        self.slot_positions = torch.full((slots,), unused, device=device)
+        self.most = length
         self.length = 0  # positions read so far,
         self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and where a CUDA graph can count them
-        self.slot_positions = torch.empty(0, dtype=torch.int64, device=device)
         self.layers = []  # keys and values of each extend() of a step: [(B, n_kv_head, size, head_dim)] * 2
         self.extended = 0  # extend() calls in this step
 
@@ -383,9 +380,10 @@ class KVCache:
         if self.extended != len(self.layers):
             raise ValueError(f'the cache was used {self.extended} times in this step, not '
                              f'{len(self.layers)} times as before')
+        if self.length + T > self.most:
+            raise ValueError(f'the cache was made for {self.most} positions, not {self.length + T}')
         self.is_beginning = self.length == 0
         self.extended = 0
-        self.make_room(T)
         positions = self.next + torch.arange(T, device=self.next.device)
         self.slots = positions % self.slot_positions.numel()
         key_positions = None if self.is_beginning else torch.cat((self.slot_positions, positions))
@@ -413,19 +411,6 @@ class KVCache:
         past_k.index_copy_(2, self.slots, k)
         past_v.index_copy_(2, self.slots, v)
         return keys, values
-
-    def make_room(self, T):
-        """Slots for T more positions, as far as block_size allows."""
-        size, wanted = self.slot_positions.numel(), min(self.length + T, self.block_size)
-        if size >= wanted:
-            return
-        if uses_graph(self.slot_positions.device):
-            more = self.most_slots - size
-        else:
-            more = min(self.block_size, max(128, wanted + wanted // 4)) - size
-        unused = 2**62  # a position that no query reaches
-        self.slot_positions = F.pad(self.slot_positions, (0, more), value=unused)
-        self.layers = [(F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))) for k, v in self.layers]
 
     def repeat(self, n):
         """Go on as n copies of the one sequence read so far."""
@@ -498,7 +483,7 @@ class Muon(torch.optim.Optimizer):
     first, https://arxiv.org/abs/2603.28254. Products are in compute_dtype (None: that of the weights)."""
 
     def __init__(self, params, lr=0.02, momentum=0.85, weight_decay=0.0, compute_dtype=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, capturable=False))
         self.compute_dtype = compute_dtype
 
     @torch.no_grad()
@@ -595,10 +580,6 @@ class Optimizers:
         try:
             for part, saved in zip(self.parts, state['parts'], strict=True):
                 part.load_state_dict(saved)
-                for p in part.state:  # a fused step does not check sizes and would write out of bounds
-                    for name, value in part.state[p].items():
-                        if part.defaults.get('fused') and name != 'step' and value.shape != p.shape:
-                            raise ValueError(f'{name} is {tuple(value.shape)}, not {tuple(p.shape)}')
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
         for group, own in zip(self.param_groups, options):
@@ -608,15 +589,41 @@ def make_optimizer(model, settings):
     """The optimizer of settings['optimizer'], with a 'peak_lr' in each group. ValueError unless each
     parameter is in exactly one group."""
     optimizer = Optimizers(OPTIMIZERS[settings['optimizer']](model, settings))
+    device = model.embedding.weight.device
     for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
-    if settings.get('cuda_graphs'):
-        make_capturable(optimizer, model.embedding.weight.device)
+        if uses_graph(device) and 'capturable' in group:  # what changes is then read from tensors
+            group.update(capturable=True, lr=torch.tensor(group['lr'], device=device))
     times = Counter(p for group in optimizer.param_groups for p in group['params'])
     for name, p in model.named_parameters():
         if times[p] != 1:
             raise ValueError(f'{name} is in {times[p]} groups of the optimizer: it must be in one')
     return optimizer
+
+def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None):
+    """The two halves of an update of the weights, -> add_gradients(x, y), which adds those of one of n_micro
+    micro-batches and returns its share of the loss, and take_step(), which clips the gradients, steps, zeroes
+    them and returns their norm. Each is a CUDA graph where that is possible. Nothing waits for a GPU."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    device = next(model.parameters()).device
+    alone = not isinstance(model, nn.parallel.DistributedDataParallel)
+    graphs = uses_graph(device) and alone and not scaler.is_enabled()  # the scaler decides in Python
+
+    def add_gradients(x, y):
+        loss = model(x, y, return_logits=False)[1] / n_micro
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    def take_step():
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=not graphs)  # a graph needs gradients that stay where they are
+        return norm
+
+    return (captured(add_gradients, device, graphs and not model.config.gradient_checkpointing),
+            captured(take_step, device, graphs and optimizer.capturable))
 
 def cosine(step, warmup_iters, last, cooldown):
     """Half a cosine from the end of the warm-up to update `last`."""
@@ -833,57 +840,8 @@ def in_slices(loss, x, targets, config):
     parts = zip(x.split(rows), targets.split(rows))
     return sum(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
 
-@functools.cache
-@torch.inference_mode(False)
-def shares(n, parts):
-    """0 ... n - 1, and where each of so many parts of it begins."""
-    return torch.arange(n), torch.arange(0, n, math.ceil(n / parts))
-
-def times_columns(x, weight):
-    """weight @ x of one row x (n,) and a weight (m, n) that is stored column by column: the sum of the
-    columns weighted by x, a share for each thread. embedding_bag, made for that, reads memory up to twice as
-    fast as the product."""
-    columns, begins = shares(x.numel(), torch.get_num_threads())
-    return torch.embedding_bag(weight.t(), columns, begins, False, 0, False, x)[0].sum(0)
-
-def fast_linear(x, weight, bias=None):
-    """F.linear; one row, each new token's work, by times_columns() where fast_layout() has prepared it."""
-    if not x.is_cpu or x.numel() > x.size(-1) or weight.stride(0) > 1:
-        return F.linear(x, weight, bias)
-    y = times_columns(x.flatten(), weight).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-@functools.cache
-@torch.inference_mode(False)
-def columns_pay(dtype, threads):
-    """Whether times_columns() is faster than F.linear on this CPU: tried for some milliseconds."""
-    weight, x = torch.ones(4096, 1024, dtype=dtype), torch.ones(1, 1024, dtype=dtype)
-    by_columns = weight.t().contiguous().t()
-    ways = lambda: times_columns(x[0], by_columns), lambda: F.linear(x, weight)
-    by_sum, by_product = (min(timeit.repeat(way, number=1, repeat=7)) for way in ways)
-    return by_sum < by_product
-
-@torch.inference_mode(False)
-def fast_layout(model, by_columns):
-    """On a CPU: store the linear layers' weights column by column, or row by row again."""
-    weight = model.embedding.weight
-    if not FAST or not weight.is_cpu:
-        return
-    by_columns = by_columns and columns_pay(weight.dtype, torch.get_num_threads())
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            data = module.weight.data
-            module.weight.data = data.t().contiguous().t() if by_columns else data.contiguous()
-
 def uses_graph(device):
     return FAST and device.type == 'cuda'
-
-def make_capturable(optimizer, device):
-    """On CUDA: learning rates, and AdamW's counts of steps, as tensors, which a graph reads anew."""
-    for part in optimizer.parts:
-        if uses_graph(device) and isinstance(part, (Muon, torch.optim.AdamW)):
-            for group in part.param_groups:
-                group.update(capturable=True, lr=torch.tensor(group['lr'], device=device))
 
 def captured(function, device, allowed=True, generator=None):
     """On CUDA: a function of tensors, of the same shapes in every call, as a graph: one launch instead of

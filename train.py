@@ -30,8 +30,8 @@ import configurator
 import hardware
 import prepare
 from configurator import clock, configure, plain_errors, progress, watching
-from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, captured, check_continues, check_model, config_from,
-                   load_checkpoint, presets, save_checkpoint, start_training, uses_graph)
+from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
+                   load_checkpoint, make_update, presets, save_checkpoint, start_training)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
@@ -82,7 +82,6 @@ wandb_run_name = ''  # name of the run there; '': out_dir
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # of the arithmetic; weights are float32
 compile = 'auto'  # torch.compile; auto: where it pays
-cuda_graphs = False  # replay updates as CUDA graphs: for small models on one GPU; not measured on one yet
 threads = 0  # CPU threads; 0: as many as are fastest now
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
@@ -195,24 +194,25 @@ with plain_errors():
     def sequences(n):
         return next(prepare.batches(data.train, 0, n, n, config['block_size'], 0, config['device']))
 
-    reason = ''
-    if config['compile'] == 'true':
-        config['compile'], reason = hardware.choose_compile('true', config['device'], 0)
+    def run_seconds(seconds):
+        updates = config['max_iters'] - (updates_made if config['resume'] else 0)
+        return 60 * config['minutes'] if planning else seconds * updates
+
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
-        trial = hardware.fit(start, sequences, config, n_micro, rounds=0 if config['eval_only'] else 3)
-    config['batch_size'], n_micro = trial.batch_size, trial.n_micro
+        trial = hardware.fit(start, make_update, sequences, config, n_micro, run_seconds,
+                             rounds=0 if config['eval_only'] else 3)
+    config.update(batch_size=trial.batch_size, compile=trial.compile)
+    n_micro = trial.n_micro
     if planning:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
         length = hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
         length = {name: value for name, value in hardware.from_rank_0(length).items() if name not in given}
         planned |= length
         config |= length
-    seconds_left = trial.seconds * (config['max_iters'] - (updates_made if config['resume'] else 0))
-    if config['compile'] == 'auto':
-        config['compile'], reason = hardware.choose_compile('auto', config['device'], seconds_left)
 
 globals().update(config)  # from here on no setting changes
-engine = f'not compiled ({reason})' if reason else 'compiled' if compile == 'true' else 'not compiled'
+engine = 'compiled' if compile == 'true' else 'not compiled'
+engine += f' ({trial.not_compiled})' if trial.not_compiled else ''
 epochs = max_iters * tokens_per_update / len(data.train)
 say(f'device  {device}: {hardware.device_name(device)}; {dtype}, {engine}')
 say(f'data    {dataset}: {len(data.train):,} tokens to train on, {len(data.val):,} for validation; '
@@ -236,7 +236,7 @@ else:
 if epochs > 20:
     say('note    more than about 20 passes over a text overfit: fewer max_iters, or --patience=3')
 if dry_run:
-    say(f'dry run: the run would take about {clock(seconds_left)}, evaluation aside; peak memory '
+    say(f'dry run: the run would take about {clock(run_seconds(trial.seconds))}, evaluation aside; peak memory '
         f'{hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
     hardware.end_processes()
     sys.exit()
@@ -269,6 +269,7 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
 checkpoint = None  # frees its memory
 model = torch.compile(raw_model) if compile == 'true' else raw_model
 model = hardware.share_gradients(model, device)
+add_gradients, take_step = make_update(model, optimizers, n_micro, grad_clip, scaler)
 
 # sequences are numbered through the run: an update takes the next ones, however they are shared out
 first_row, stride = tokens_seen // block_size + rank * batch_size, world_size * batch_size
@@ -302,27 +303,6 @@ def evaluate():
     raw_model.train()
     loss_sum, tokens = hardware.mean_over_processes([loss_sum, tokens], device)
     return loss_sum / tokens
-
-def add_gradients(x, y):
-    """Add one micro-batch's gradients -> its share of the update's loss."""
-    loss = model(x, y, return_logits=False)[1] / n_micro
-    scaler.scale(loss).backward()
-    return loss.detach()
-
-def take_step():
-    """Clip the gradients, step, zero them -> their norm."""
-    scaler.unscale_(optimizers)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizers)
-    scaler.update()
-    optimizers.zero_grad(set_to_none=not graphs)
-    return norm
-
-# As CUDA graphs, on one GPU and not compiled, both need gradients that stay where they are.
-graphs = cuda_graphs and uses_graph(torch.device(device)) and compile == 'false' and world_size == 1
-graphs = graphs and dtype != 'float16'  # its scaler decides in Python
-add_gradients = captured(add_gradients, torch.device(device), graphs and not gradient_checkpointing)
-take_step = captured(take_step, torch.device(device), graphs and optimizers.capturable)
 
 def update():
     """One update from the next micro-batches -> its loss and gradient norm, as tensors: no GPU wait."""
