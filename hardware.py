@@ -388,7 +388,8 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
             reset_peak_memory(device)
             found = None
             try:
-                found = try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
+                found = try_updates(
+                    start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
             except (RuntimeError, MemoryError) as error:
                 if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
                     raise
@@ -417,8 +418,9 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
 
 def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
     model, optimizer = start()
-    micro_batches = [sequences(batch_size)] * min(n_micro, 2)  # more of them take no more memory
-    add_gradients, take_step = make_update(torch.compile(model) if compiled else model, optimizer, n_micro)
+    tried = min(n_micro, 2)  # more micro-batches take no more memory
+    update = make_update(torch.compile(model) if compiled else model, optimizer, tried)
+    x, y = sequences(tried * batch_size)
     warm_up, together = (1, 1) if kind(device) == 'cpu' else (4, 4)  # a GPU runs several without a wait
     all_seconds, began = [], time.perf_counter()
     for number in range(rounds):
@@ -426,13 +428,11 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
             break
         begin, updates = time.perf_counter(), together if number > 0 else warm_up
         for _ in range(updates):
-            for micro_batch in micro_batches:
-                add_gradients(*micro_batch)
-            take_step()
+            update(x, y)
         synchronize(device)
-        all_seconds.append((time.perf_counter() - begin) * n_micro / len(micro_batches) / updates)
+        all_seconds.append((time.perf_counter() - begin) * n_micro / tried / updates)
     all_seconds = all_seconds[1:] or all_seconds  # the first round warms up
-    x, y = sequences(max(batch_size, EVALUATION_TOKENS // micro_batches[0][0].size(1)))
+    x, y = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
     model.eval()
     begin = time.perf_counter()
     with torch.no_grad():

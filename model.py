@@ -128,7 +128,7 @@ def rope_tables(positions, config):
     wide = torch.float64 if positions.device.type in ('cpu', 'cuda') else torch.float32
     pairs = torch.arange(0, config.head_dim, 2, dtype=wide, device=positions.device)
     angle = torch.outer(positions.to(wide), config.rope_theta ** (-pairs / config.head_dim)).unsqueeze(1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 def rotate(x, cos, sin):
@@ -232,6 +232,9 @@ class GPT(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight  # tied: one matrix for both
         nn.init.normal_(self.embedding.weight, std=config.n_embd**-0.5)  # logits of size 1
+        cos, sin = rope_tables(torch.arange(config.block_size), config)
+        self.register_buffer('cos', cos, persistent=False)  # buffers, because torch.compile would put the
+        self.register_buffer('sin', sin, persistent=False)  # computation into the kernels of every layer
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
         """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: all logits (B, T,
@@ -253,10 +256,13 @@ class GPT(nn.Module):
 
     def trunk(self, input_ids, cache=None):
         """(B, T) -> (B, T, C), all but the head"""
+        T = input_ids.size(1)
         if cache is None:
-            positions, key_positions = torch.arange(input_ids.size(1), device=input_ids.device), None
+            positions, key_positions = torch.arange(T, device=input_ids.device), None
+            rope = self.cos[:T], self.sin[:T]
         else:
-            positions, key_positions = cache.advance(input_ids.size(1))
+            positions, key_positions = cache.advance(T)
+            rope = rope_tables(positions, self.config)
         x = self.embedding(input_ids)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
@@ -264,7 +270,7 @@ class GPT(nn.Module):
         mask = None  # plain causal attention, which has the fastest kernels
         if key_positions is not None:
             mask = attention_mask(positions, key_positions, self.config).to(x.dtype)
-        rope = [table.to(x.dtype) for table in rope_tables(positions, self.config)]
+        rope = [table.to(x.dtype) for table in rope]
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
                 block = functools.partial(checkpoint, block, use_reentrant=False)
@@ -312,7 +318,7 @@ class GPT(nn.Module):
                 seen.scatter_(1, ids[:, None], True)
             return draw(self(ids[:, None], cache=cache)[0])
 
-        step = captured(read_and_draw, device, generator=generator)
+        step = captured(read_and_draw, device, generator)
         was_training = self.training
         self.eval()
         try:
@@ -503,15 +509,16 @@ class Muon(torch.optim.Optimizer):
         buffers, grads = [self.state[p]['momentum_buffer'] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         x = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
-        x = x.view(len(params) * parts, -1, x.size(-1))
+        x = x.to(self.compute_dtype or x.dtype).view(len(params) * parts, -1, x.size(-1))
         rows, columns = x.shape[1:]
-        x = (F.normalize(x, dim=-1) * rows**-0.5).to(self.compute_dtype or x.dtype)  # equal rows, norm 1
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+        x = x * (rows**-0.5 / norms).to(x.dtype)  # equal rows, norm 1
         wide = x if rows <= columns else x.mT  # the smaller gram
-        root = inverse_root(wide @ wide.mT)
+        root = inverse_root(wide @ wide.mT) * (lr * max(1, rows / columns) ** 0.5)
         change = root @ x if rows <= columns else x @ root
         change = change.to(params[0].dtype).view(len(params), *params[0].shape)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_sub_(params, (change * (lr * max(1, rows / columns) ** 0.5)).unbind())
+        torch._foreach_sub_(params, change.unbind())
 
 def hidden_and_other(model):
     """The weights of the blocks' linear layers, and every other parameter, whatever its shape."""
@@ -601,29 +608,32 @@ def make_optimizer(model, settings):
     return optimizer
 
 def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None):
-    """The two halves of an update of the weights, -> add_gradients(x, y), which adds those of one of n_micro
-    micro-batches and returns its share of the loss, and take_step(), which clips the gradients, steps, zeroes
-    them and returns their norm. Each is a CUDA graph where that is possible. Nothing waits for a GPU."""
+    """-> update(x, y), one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), which
+    returns their mean loss and the norm of the gradients, as tensors: nothing waits for a GPU. On one NVIDIA
+    GPU it is a CUDA graph, and the next call overwrites what it returned."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    device = next(model.parameters()).device
-    alone = not isinstance(model, nn.parallel.DistributedDataParallel)
-    graphs = uses_graph(device) and alone and not scaler.is_enabled()  # the scaler decides in Python
+    several_processes = isinstance(model, nn.parallel.DistributedDataParallel)
 
-    def add_gradients(x, y):
-        loss = model(x, y, return_logits=False)[1] / n_micro
-        scaler.scale(loss).backward()
-        return loss.detach()
-
-    def take_step():
+    def update(x, y):
+        total = torch.zeros((), device=x.device)
+        for i, (x_micro, y_micro) in enumerate(zip(x.chunk(n_micro), y.chunk(n_micro))):
+            if several_processes:
+                model.require_backward_grad_sync = i == n_micro - 1
+            loss = model(x_micro, y_micro, return_logits=False)[1] / n_micro
+            scaler.scale(loss).backward()
+            total += loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=not graphs)  # a graph needs gradients that stay where they are
-        return norm
+        optimizer.zero_grad()
+        return total, norm
 
-    return (captured(add_gradients, device, graphs and not model.config.gradient_checkpointing),
-            captured(take_step, device, graphs and optimizer.capturable))
+    in_python = several_processes or scaler.is_enabled() or not optimizer.capturable  # something is decided
+    is_long = n_micro > 8  # a longer graph takes memory and saves little
+    if in_python or is_long or model.config.gradient_checkpointing:
+        return update
+    return captured(update, next(model.parameters()).device)
 
 def cosine(step, warmup_iters, last, cooldown):
     """Half a cosine from the end of the warm-up to update `last`."""
@@ -843,10 +853,10 @@ def in_slices(loss, x, targets, config):
 def uses_graph(device):
     return FAST and device.type == 'cuda'
 
-def captured(function, device, allowed=True, generator=None):
+def captured(function, device, generator=None):
     """On CUDA: a function of tensors, of the same shapes in every call, as a graph: one launch instead of
     hundreds. The next call overwrites its results. generator: one of its own that it draws from."""
-    return Graph(function, device, generator) if allowed and uses_graph(device) else function
+    return Graph(function, device, generator) if uses_graph(device) else function
 
 class Graph:
     """Three real calls warm up; the fourth is captured, and from then on replayed."""

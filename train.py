@@ -236,8 +236,8 @@ else:
 if epochs > 20:
     say('note    more than about 20 passes over a text overfit: fewer max_iters, or --patience=3')
 if dry_run:
-    say(f'dry run: the run would take about {clock(run_seconds(trial.seconds))}, evaluation aside; peak memory '
-        f'{hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
+    say(f'dry run: the run would take about {clock(run_seconds(trial.seconds))}, evaluation aside; '
+        f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
     hardware.end_processes()
     sys.exit()
 
@@ -269,11 +269,12 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
 checkpoint = None  # frees its memory
 model = torch.compile(raw_model) if compile == 'true' else raw_model
 model = hardware.share_gradients(model, device)
-add_gradients, take_step = make_update(model, optimizers, n_micro, grad_clip, scaler)
+update = make_update(model, optimizers, n_micro, grad_clip, scaler)
 
 # sequences are numbered through the run: an update takes the next ones, however they are shared out
-first_row, stride = tokens_seen // block_size + rank * batch_size, world_size * batch_size
-batches = prepare.batches(data.train, first_row, batch_size, stride, block_size, seed, device)
+rows = n_micro * batch_size
+first_row = tokens_seen // block_size + rank * rows
+batches = prepare.batches(data.train, first_row, rows, world_size * rows, block_size, seed, device)
 
 # ----------------------------------------------------------------------------
 # training: the learning rate, an evaluation, an update
@@ -303,16 +304,6 @@ def evaluate():
     raw_model.train()
     loss_sum, tokens = hardware.mean_over_processes([loss_sum, tokens], device)
     return loss_sum / tokens
-
-def update():
-    """One update from the next micro-batches -> its loss and gradient norm, as tensors: no GPU wait."""
-    torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
-    loss = torch.zeros((), device=device)
-    for micro in range(n_micro):
-        if world_size > 1:
-            model.require_backward_grad_sync = micro == n_micro - 1
-        loss += add_gradients(*next(batches))
-    return loss, take_step().clone()
 
 # ----------------------------------------------------------------------------
 # what the run says and leaves; only rank 0 does
@@ -345,7 +336,7 @@ def save_latest():
 def read_recent():
     """Mean loss and last gradient norm since the last call. Reading waits for the GPU, so several are read at
     once. ValueError at the first that is not finite, before these weights are saved."""
-    numbers = torch.stack([torch.stack(pair) for pair in recent]).float().tolist()  # (updates, 2)
+    numbers = torch.stack(recent).float().tolist()  # (updates, 2): loss and gradient norm
     numbers = hardware.mean_over_processes(numbers, device)
     recent.clear()
     for at, (loss, norm) in enumerate(numbers, step + 1 - len(numbers)):
@@ -420,7 +411,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
         optimizers.scale_learning_rates(scale)
 
         # one update of the weights
-        recent.append(update())
+        torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
+        recent.append(torch.stack(update(*next(batches))))
         step += 1
         tokens_seen += tokens_per_update
 
