@@ -29,7 +29,7 @@ import torch
 import configurator
 import hardware
 import prepare
-from configurator import clock, configure, plain_errors, progress, watching
+from configurator import clock, configure, plain_errors, progress
 from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
                    load_checkpoint, make_update, presets, save_checkpoint, start_training)
 
@@ -74,7 +74,7 @@ log_interval = 10  # updates between lines of the log
 eval_interval = 250  # updates between evaluations, each after a save
 eval_iters = 200  # batches of the validation split that an evaluation reads, evenly spaced; 0: all
 patience = 0  # evaluations without a better validation loss before stopping; 0: never
-sample_interval = 0  # evaluations between short samples from the model; 0: none
+sample_interval = 0  # evaluations between short samples from the model; 0: only one at the end
 wandb_log = False  # also log to Weights & Biases (pip install wandb)
 wandb_project = 'gpt'  # name of the project there
 wandb_run_name = ''  # name of the run there; '': out_dir
@@ -351,17 +351,12 @@ def survivors():
     saved = os.path.exists(ckpt_path)
     return f'{ckpt_path} holds the last update saved' if saved else 'nothing was saved yet'
 
-def draw_and_sample():
-    """Once an evaluation is saved: loss.png, and a short text if asked for."""
-    if not master:
-        return
-    with watching('loss.png'):
-        folder.plot(f'{dataset}, {n_params / 1e6:.2f}M parameters: {best_val_loss:.4f} at update {best_step}')
-    if sample_interval and step // eval_interval % sample_interval == 0:
-        prompt = next(prepare.val_batches(data.val, 16, 1))[0]
-        generator = torch.Generator(device).manual_seed(seed)
-        ids = raw_model.generate(prompt, 200, temperature=0.8, generator=generator)
-        print(prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids[0].tolist())))
+def print_sample():
+    prompt = torch.from_numpy(data.val[:1].astype('int64'))[None]
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = raw_model.generate(prompt, 200, temperature=0.8, top_k=200, generator=generator)[0].tolist()
+    text = prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids)).strip()
+    print(f'sample  at update {step}:', *text.splitlines(), sep='\n    ')
 
 if eval_only:
     with plain_errors(), hardware.plain_memory_errors('try a smaller batch_size'):
@@ -399,7 +394,12 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
                 note = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
             say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{note}')
             save_latest()
-            draw_and_sample()
+            if master:
+                with configurator.watching('loss.png'):
+                    folder.plot(f'{dataset}, {n_params / 1e6:.2f}M parameters: validation loss '
+                                f'{best_val_loss:.4f} at update {best_step}')
+            if master and sample_interval and step < max_iters and step // eval_interval % sample_interval == 0:
+                print_sample()
             stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
         if step == max_iters or stopped_early:
@@ -452,14 +452,20 @@ else:
     memory = hardware.peak_memory(device) / 2**30
     say(f'done    in {clock(seconds_so_far())}, peak memory {memory:.2f} GiB; the best validation loss is '
         f'{best_val_loss:.4f}, of update {best_step}: {best_path}')
-    if best_step < step and val_loss > train_loss + 0.5:
-        say(f'note    the training loss is {train_loss:.2f}, far below validation: more text, fewer updates '
-            'or --dropout=0.2 help')
+    if master:
+        with configurator.watching('the sample'):
+            print_sample()
+    say(f'means   {prepare.judged(bits_per_byte(best_val_loss), data.meta)}')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (with matplotlib installed a run also draws loss.png)')
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith(('--max_iters=', '--minutes='))]
+    if best_step < step or val_loss > train_loss + 0.5:
+        say('better  more text, or --dropout=0.2: the model begins to know the training text by heart')
+    elif not resume:
+        longer = f'--minutes={2 * minutes:g}' if planning else f'--max_iters={2 * max_iters}'
+        say(f'better  python train.py {shlex.join([*flags, longer])}')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
     say(f'next    python sample.py{where}{prompt}')
-model = None  # it holds the process group
+model = update = None  # they hold the process group
 hardware.end_processes()
-configurator.clean_up()  # a notebook goes on
 sys.exit(128 + signals[0] if interrupted and signals else 0)
