@@ -106,7 +106,6 @@ def catch_signals(quiet=False):
 
 KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
 WORDS = {'true': True, 'yes': True, 'y': True, '1': True, 'false': False, 'no': False, 'n': False, '0': False}
-
 NANOGPT = {  # what nanoGPT's config files say, and what to do here
     'gradient_accumulation_steps': 'set tokens_per_update to that many times batch_size x block_size',
     'always_save_checkpoint': 'remove it, ckpt.pt is always the latest update',
@@ -142,7 +141,7 @@ def checked(name, value, default, allowed=None):
         raise ValueError(f'{name} must be {KINDS.get(kind, default)}, not {value!r}')
     if kind in (int, float):
         least, most = allowed or (0, 1e15)
-        if not least <= value <= most:  # so is nan
+        if not least <= value <= most:  # true of nan, too
             raise ValueError(f'{name} is {value}: it must be a number from {least} to {most:g}')
     return os.path.expanduser(value) if kind is str and value.startswith('~/') else kind(value)
 
@@ -150,7 +149,7 @@ def unknown(name, known, what='setting', advice='--help lists them'):
     """The message for a name that is not among the known ones."""
     if name in NANOGPT:
         return f"{name} is nanoGPT's: {NANOGPT[name]}"
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.52)  # temp: temperature; lr: not min_lr
     if near:
         advice = f'did you mean {near[0]}?'
     return f'there is no {what} {name!r}: {advice}'
@@ -183,7 +182,8 @@ def configure(*sources, argv=None, allowed={}):
     if '-h' in argv or '--help' in argv:
         print(sys.modules['__main__'].__doc__, 'Settings, with their defaults:', sep='\n')
         for name, (default, comment) in block.items():
-            print(f'  --{name}={default}'.ljust(34), comment)
+            choices = allowed.get(name, ()) if isinstance(default, str) else ()
+            print(f'  --{name}={default}'.ljust(34), '; '.join(filter(None, [comment, *choices])))
         sys.exit()
     end = argv.index('--') if '--' in argv else len(argv)  # there are no flags after it
     flags = [argument for argument in argv[:end] if argument.startswith('-') and argument != '-']

@@ -174,7 +174,10 @@ def test_no_message_moves_the_cursor_and_letters_stay():
     assert configurator.printable(kept) == kept
 
 @pytest.mark.parametrize('text, share, shown', [
-    ('update 3', None, 'update 3'), ('', None, ''), ('update 3', 0.37, '[#######             ]  37%  update')])
+    ('update 3', None, 'update 3'),
+    ('', None, ''),
+    ('update 3', 0.37, '[#######             ]  37%  update'),
+])
 def test_progress_is_a_line_that_fits_the_terminal_and_is_erased(monkeypatch, capsys, text, share, shown):
     monkeypatch.setenv('COLUMNS', '36')
     configurator.progress(text, share)
@@ -1050,8 +1053,12 @@ def test_the_picture_of_more_than_two_minutes_is_in_minutes(empty, monkeypatch, 
 def test_the_status_lists_every_run_below_and_resumes_the_latest_unfinished_one(empty, capsys):
     settings = dict(dataset='plain', max_iters=9, patience=2)
     run = dict(config=settings, evals_since_best=0, best_step=2, val_loss=1.5)
-    saved = {'two/levels': run | dict(iter_num=3, val_bits_per_byte=2.1), 'b': run | dict(iter_num=5, best_step=0),
-             'link': run | dict(iter_num=6, evals_since_best=2), 'done': run | dict(iter_num=9)}
+    saved = {
+        'two/levels': run | dict(iter_num=3, val_bits_per_byte=2.1),
+        'b': run | dict(iter_num=5, best_step=0),
+        'link': run | dict(iter_num=6, evals_since_best=2),
+        'done': run | dict(iter_num=9),
+    }
     Path('three/levels/down').mkdir(parents=True)
     Path('link').symlink_to('three/levels/down')
     for seconds, folder in enumerate([*saved, 'damaged']):
@@ -1061,8 +1068,10 @@ def test_the_status_lists_every_run_below_and_resumes_the_latest_unfinished_one(
     configurator.show_status('a machine', ['plain'], lambda path: saved[str(path.parent)])
     out = capsys.readouterr().out
     assert re.findall('run in (.*): plain, update (.*)', out) == [
-        ('two/levels', '3 of 9, validation loss 1.5000, 2.1000 bits per byte'), ('b', '5 of 9, not evaluated yet'),
-        ('link', '6 of 9, validation loss 1.5000'), ('done', '9 of 9, validation loss 1.5000')]
+        ('two/levels', '3 of 9, validation loss 1.5000, 2.1000 bits per byte'),
+        ('b', '5 of 9, not evaluated yet'),
+        ('link', '6 of 9, validation loss 1.5000'),
+        ('done', '9 of 9, validation loss 1.5000')]
     assert 'reading damaged/ckpt.pt failed' in out and out.endswith('train.py --resume --out_dir=b\n')
 
 def test_the_questions_end_in_a_config_file_that_runs(place):
