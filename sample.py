@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from configurator import (UNDO, checked, clean_up, configure, expanded, parse, plain_errors, printable,
-                          set_up_output, unknown)
+from configurator import checked, configure, plain_errors, printable, set_up_output, unknown
 from model import (FIELDS, GPT, GPTConfig, LIMITS, checkpoint_path, load_checkpoint, load_model,
                    save_checkpoint)
 from prepare import END_OF_TEXT, PATTERN, Tokenizer, read_text
@@ -80,7 +79,7 @@ def read_start(coder):
     """The part of `start` to print, and its ids. An empty one becomes the token before a document: the end of
     another document, or else a line break, or else any token."""
     if start.startswith('FILE:'):
-        shown, text = '', known(coder, ''.join(read_text(expanded(start.removeprefix('FILE:')))))
+        shown, text = '', known(coder, ''.join(read_text(os.path.expanduser(start.removeprefix('FILE:')))))
     else:
         shown = text = known(coder, typed(start))
     ids = coder.encode(text)
@@ -159,7 +158,7 @@ def talk(model, coder, prompt, options):
                       'anything else is continued: \\n is a line break, an empty line goes on')
             elif command in numbers:
                 default = options[command]
-                options[command] = checked(command, parse(value, default), default, LIMITS[command])
+                options[command] = checked(command, value, default, LIMITS[command])
             else:
                 raise ValueError(unknown(f'/{command}', commands, 'command', '/help lists them'))
         except ValueError as error:
@@ -581,8 +580,7 @@ def export(folder):
 if __name__ == '__main__':
     set_up_output()
     if hasattr(signal, 'SIGPIPE'):  # Windows has none
-        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-        UNDO.callback(signal.signal, signal.SIGPIPE, before)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     globals().update(configure(__file__, allowed=ALLOWED)[0])
     stop = typed(stop)
     with plain_errors():
@@ -593,4 +591,3 @@ if __name__ == '__main__':
             export(Path(to_hf))
     if not (from_hf or to_hf):
         generate()
-    clean_up()  # a notebook goes on

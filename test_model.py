@@ -143,18 +143,48 @@ def test_a_config_file_runs_once_and_what_it_assigns_is_given_even_if_it_equals_
     _, given = configurator.configure('script.py', argv=['c.py', '--compile=false'])
     assert given == {'batch_size': 12, 'compile': False} and capsys.readouterr().out == 'runs\n'
 
-def test_a_tilde_is_the_home_folder_and_nanogpts_settings_are_explained(settings, monkeypatch, capsys):
+def test_a_config_file_may_read_settings_in_a_function_and_import(settings):
+    Path('c.py').write_text('import math\ndef _half():\n    return math.sqrt(batch_size * 3) / 2\n'
+                            'learning_rate = [_half() for _ in range(2)][1]')
+    assert settings('c.py')['learning_rate'] == 3.0
+
+def test_a_tilde_is_the_home_folder(settings, monkeypatch):
     monkeypatch.setenv('HOME', '/home/someone')
     assert settings('--out_dir=~/runs')['out_dir'] == '/home/someone/runs'
-    Path('c.py').write_text('gradient_accumulation_steps = 40')
+
+@pytest.mark.parametrize('line, says', [
+    ('gradient_accumulation_steps = 40', 'set tokens_per_update to'),
+    ('dataset = "shakespeare_char"', "'shakespeare'"),
+    ('init_from = "gpt2-xl"', 'see sample.py --from_hf'),
+])
+def test_nanogpts_settings_are_explained_unless_a_folder_has_that_name(settings, capsys, line, says):
+    Path('script.py').write_text(f'dataset = ""\ninit_from = ""{SETTINGS_BLOCK}')
+    Path('c.py').write_text(line)
     with pytest.raises(SystemExit):
         settings('c.py')
-    assert "is nanoGPT's: set tokens_per_update to" in capsys.readouterr().err
+    assert re.search(f"is nanoGPT's: .*{says}", capsys.readouterr().err)
+    for path in 'data/shakespeare_char', 'gpt2-xl':
+        Path(path).mkdir(parents=True)
+    if 'steps' not in line:
+        assert settings('c.py')['dataset'] in ('', 'shakespeare_char')
 
 def test_no_message_moves_the_cursor_and_letters_stay():
     assert configurator.printable('\x1b[2J\x9b\u2066\udce9') == '\\x1b[2J\\x9b\\u2066\\udce9'
     kept = 'a\n\tnaïve 👩\u200d👧 שלום\xa0'
     assert configurator.printable(kept) == kept
+
+@pytest.mark.parametrize('text, share, shown', [
+    ('update 3', None, 'update 3'),
+    ('', None, ''),
+    ('update 3', 0.37, '[#######             ]  37%  update'),
+])
+def test_progress_is_a_line_that_fits_the_terminal_and_is_erased(monkeypatch, capsys, text, share, shown):
+    monkeypatch.setenv('COLUMNS', '36')
+    configurator.progress(text, share)
+    assert capsys.readouterr().out == ''  # not a terminal
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    configurator.progress(text, share)
+    assert capsys.readouterr().out == f'{shown}\x1b[K\r'
 
 # ----------------------------------------------------------------------------
 # hardware
@@ -841,7 +871,26 @@ def test_starting_over_puts_the_old_run_aside_and_nothing_else(place):
 def test_a_run_whose_folder_is_deleted_makes_it_again(place, monkeypatch):
     at_forward(monkeypatch, lambda *_: shutil.rmtree('out'), n=[15])  # in update 5
     call_script('train.py', 'tiny.py', '--max_iters=6')
-    assert update_of('out/ckpt.pt') == 6 and column('out', 'iter') == [5, 6, 6]
+    assert update_of('out/ckpt.pt') == 6 and column('out', 'iter') == [1, 2, 3, 3, 4, 5, 6, 6]
+
+def test_a_resumed_log_keeps_its_rows_whatever_its_columns_but_not_those_to_come(empty):
+    folder = configurator.RunFolder('out', resume=True, bytes_needed=0)
+    Path('out/log.csv').write_text('iter,val_loss,old,train_loss\n1,,x,4\n2,,x,3\n2,3.5,,\n3,,x,2\n3,2.5')
+    folder.resume_log(step=3, val_step=2)
+    folder.log(dict(iter=4, train_loss=1, new='y'))
+    folder.log(dict(iter=5, train_loss=0.5, val_loss=0.4))
+    assert column('out', 'iter') == [1, 2, 2, 3, 4, 5] and column('out', 'train_loss') == [4, 3, 2, 1, 0.5]
+    with open('out/log.csv', newline='') as file:
+        assert [(row['val_loss'], row['old'], row['new']) for row in csv.DictReader(file)] == [
+            ('', 'x', ''), ('', 'x', ''), ('3.5', '', ''), ('', 'x', ''), ('', '', 'y'), ('0.4', '', '')]
+
+def test_a_row_is_appended_to_the_log_as_it_comes(empty):
+    folder = configurator.RunFolder('out', resume=False, bytes_needed=0)
+    for n in range(3):
+        folder.log(dict(iter=n))
+        with open('out/log.csv', 'a') as file:
+            file.write('\n')  # stays, as the file is not written again
+    assert Path('out/log.csv').read_bytes() == b'iter\r\n0\r\n\n1\r\n\n2\r\n\n'
 
 def test_a_clock_that_is_set_back_does_not_matter(place, monkeypatch):
     monkeypatch.setattr(time, 'time', itertools.count(2e9, -1000).__next__)
@@ -989,16 +1038,52 @@ def test_the_picture_is_drawn_where_matplotlib_is_there(place):
     call_script('train.py', 'tiny.py', '--max_iters=3', matplotlib=pytest.importorskip('matplotlib'))
     assert Path('out/loss.png').read_bytes().startswith(b'\x89PNG')
 
+@pytest.mark.parametrize('end, unit, drawn', [(120, 'seconds', [60, 120]), (240, 'minutes', [1, 4])])
+def test_the_picture_of_more_than_two_minutes_is_in_minutes(empty, monkeypatch, end, unit, drawn):
+    figure = pytest.importorskip('matplotlib.figure').Figure
+    monkeypatch.setattr(figure, 'savefig', lambda self, path, dpi: pictures.append(self.axes[0]))
+    folder, pictures = configurator.RunFolder('out', resume=False, bytes_needed=0), []
+    for seconds in 60, end:
+        folder.log(dict(elapsed_s=seconds, train_loss='1.5', val_loss=''))
+    folder.plot('a title')
+    assert pictures[0].get_xlabel() == unit and pictures[0].lines[0].get_xdata().tolist() == drawn
+    assert pictures[0].get_title() == 'a title' and pictures[0].get_ylabel() == 'loss (nats per token)'
+
+def test_the_status_lists_every_run_below_and_resumes_the_latest_unfinished_one(empty, capsys):
+    settings = dict(dataset='plain', max_iters=9, patience=2)
+    run = dict(config=settings, evals_since_best=0, best_step=2, val_loss=1.5)
+    saved = {
+        'two/levels': run | dict(iter_num=3, val_bits_per_byte=2.1),
+        'b': run | dict(iter_num=5, best_step=0),
+        'link': run | dict(iter_num=6, evals_since_best=2),
+        'done': run | dict(iter_num=9),
+    }
+    Path('three/levels/down').mkdir(parents=True)
+    Path('link').symlink_to('three/levels/down')
+    for seconds, folder in enumerate([*saved, 'damaged']):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, 'ckpt.pt').touch()
+        os.utime(Path(folder, 'ckpt.pt'), (seconds, seconds))
+    configurator.show_status('a machine', ['plain'], lambda path: saved[str(path.parent)])
+    out = capsys.readouterr().out
+    assert re.findall('run in (.*): plain, update (.*)', out) == [
+        ('two/levels', '3 of 9, validation loss 1.5000, 2.1000 bits per byte'),
+        ('b', '5 of 9, not evaluated yet'),
+        ('link', '6 of 9, validation loss 1.5000'),
+        ('done', '9 of 9, validation loss 1.5000')]
+    assert 'reading damaged/ckpt.pt failed' in out and out.endswith('train.py --resume --out_dir=b\n')
+
 def test_the_questions_end_in_a_config_file_that_runs(place):
-    answers = ['1', '0.05', 'huge', '6', '2', '3', '64', '32', 'custom', '2', '2', '64', '32', 'my book', 'no']
+    Path('config').mkdir()
+    Path('config/plain.py').touch()
+    answers = ['tpu', 'cpu', 'plain', '-1', '0.05', 'huge', 'auto', 'plain', 'my book', 'no']
     out, _ = call_script('train.py', '--interactive', typed='\n'.join(answers))
-    assert '1 plain' in out and 'start it now [yes]' in out
-    assert 'divide into n_head 3' in out and "'huge'" in out
-    text = Path('config/my_book.py').read_text()
-    assert text.splitlines()[1:] == [
-        "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', 'n_layer = 2', 'n_head = 2', 'n_embd = 64',
-        'block_size = 32', "out_dir = 'out-book'"]
-    assert '2 layers, 64 wide, 2 query heads' in call_script('train.py', 'config/my_book.py', '--dry_run')[0]
+    assert 'a text (plain, ' in out and 'start it now (yes, no) [yes]' in out
+    assert '--device=cpu' in out and 'is -1.0' in out and "'huge'" in out and 'config/plain.py exists' in out
+    path = 'config/my_book.py'
+    assert Path(path).read_text().splitlines()[1:] == [
+        "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', "out_dir = 'out-my_book'"]
+    assert 'plan    for 0.05 minutes' in call_script('train.py', path, '--dry_run')[0]
 
 def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place):
     Path('tiny.py').write_text(TINY_RUN + 'import os\nprint("rank", os.environ.get("RANK"), os.getpid())')

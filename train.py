@@ -110,17 +110,12 @@ with plain_errors():
         sys.exit()
     if config['interactive']:
         print(hardware.table())
-        known, sizes = prepare.known(), ['auto', *presets, 'custom']
-        above_zero = configurator.above_zero
-        custom = configurator.or_custom(sizes, GPTConfig, [
-            ('n_layer', 'layers', 4, above_zero), ('n_head', 'heads', 4, above_zero),
-            ('n_embd', 'width, a multiple of the heads', 256, above_zero),
-            ('block_size', 'context', 256, above_zero)])
+        known, sizes = prepare.known(), ['auto', *presets]
         configurator.interview(__file__, [
             ('device', 'device', hardware.pick_device(), hardware.pick_device, hardware.devices()[0]),
             ('dataset', 'data set, or the path of a text', known[0], prepare.find, known),
-            ('minutes', 'minutes that training may take', 5.0, above_zero),
-            ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', custom, sizes)])
+            ('minutes', 'minutes that training may take', 5.0),
+            ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', None, sizes)])
     if len(sys.argv) == 1:
         print('no arguments: five minutes of Shakespeare, planned as by --minutes=5; settings: --help')
         config.update(minutes=5.0, offline_dataset='pydoc')
@@ -263,7 +258,7 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
     if master and not eval_only:
         # bytes: best.pt, ckpt.pt with the optimizer, and another ckpt.pt written aside
         folder = configurator.RunFolder(out_dir, resume, bytes_needed=(12 if resume else 28) * n_params)
-        folder.drop_rows_after(step, val_step)
+        folder.resume_log(step, val_step)
         if wandb_log:
             folder.watch_with_wandb(wandb_project, wandb_run_name, config)
 checkpoint = None  # frees its memory
