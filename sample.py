@@ -2,14 +2,14 @@
 
     python sample.py --start="ROMEO:"
     python sample.py --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
-    python sample.py --interactive           # type, read, continue
+    python sample.py --interactive           # continue what you type
     python sample.py --to_hf=my-gpt          # write a Hugging Face folder, and in it model.gguf for llama.cpp
     python sample.py --from_hf=SmolLM2-135M  # convert a downloaded folder to the run folder out-SmolLM2-135M
 """
 import os
 import signal
 
-if __name__ == '__main__':  # Ctrl-C at any moment, also while torch is imported
+if __name__ == '__main__':  # exit on Ctrl-C without a traceback, even while torch is being imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import itertools
@@ -18,7 +18,6 @@ import math
 import re
 import shlex
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -35,17 +34,17 @@ from prepare import END_OF_TEXT, PATTERN, Tokenizer, read_text
 # ----------------------------------------------------------------------------
 # settings
 out_dir = 'out'  # folder of a run (its best.pt, or else ckpt.pt), or a checkpoint
-start = ''  # text to continue, with \n for a line break, or FILE:path; empty: the beginning of a document
+start = ''  # text to continue (\n is a line break), or FILE:path; empty: begin a document
 num_samples = 1  # texts, drawn in one batch
 max_new_tokens = 500  # tokens in each text
 temperature = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the fewest tokens that have this probability together; 1: from all
 min_p = 0.0  # draw from the tokens at least this many times as likely as the likeliest; 0: from all
-repetition_penalty = 1.0  # make tokens that the text has already less likely, as 1.1 does; 1: do not
-stop = ''  # end a text where this stands in it; \n is a line break
-seed = 0  # of the draws; 0: other text each time
-interactive = False  # type, read, continue; the model is loaded once
+repetition_penalty = 1.0  # above 1, such as 1.1, tokens that are in the text already become less likely
+stop = ''  # end a text before this string; \n is a line break
+seed = 0  # of the draws; 0: different text each time
+interactive = False  # continue what you type, again and again
 to_hf = ''  # export the model to this new folder, for other programs
 from_hf = ''  # convert this Hugging Face folder to the run folder out-NAME
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
@@ -65,8 +64,7 @@ def typed(text):
     return re.sub('[\ud800-\udfff]+', '\ufffd', text.replace(r'\n', '\n').replace(r'\t', '\t'))
 
 def known(coder, text):
-    """The text without the characters that a char tokenizer does not know; a note lists them. ValueError if
-    nothing is left."""
+    """The text without characters that a char tokenizer does not know. ValueError if nothing is left."""
     if coder.kind != 'char' or coder.ids.keys() >= set(text):
         return text
     strange = ' '.join(sorted(set(text) - coder.ids.keys()))[:100]
@@ -156,14 +154,13 @@ def talk(model, coder, prompt, options):
 
 def generate():
     """Load the model, then write texts or talk."""
-    with plain_errors():
-        place = hardware.pick_device(device)
-        precision = hardware.pick_dtype(place, dtype)
-        path = checkpoint_path(out_dir)
-        checkpoint = load_checkpoint(path)
-        model = load_model(checkpoint).to(place, getattr(torch, precision)).eval()
-        coder = Tokenizer(checkpoint['tokenizer'])
-        shown, prompt = read_start(coder)
+    place = hardware.pick_device(device)
+    precision = hardware.pick_dtype(place, dtype)
+    path = checkpoint_path(out_dir)
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint).to(place, getattr(torch, precision)).eval()
+    coder = Tokenizer(checkpoint['tokenizer'])
+    shown, prompt = read_start(coder)
     hardware.set_up(place, threads)
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
     if math.isnan(checkpoint['val_loss']):
@@ -247,7 +244,7 @@ def join_weights(config, theirs):
     found = {name: part.shape for name, part in theirs.items() if name != 'lm_head.weight'}  # tied
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ValueError(f'the shape of {name} is {found.get(name)}, not {expected.get(name)}')
+            raise ValueError(f'{name} is {found.get(name, "missing")}, not {expected.get(name, "allowed")}')
     weights = {name: torch.cat([theirs[part].float() for part in group]) for name, group in groups.items()}
     weights['head.weight'] = weights['embedding.weight']
     return weights
@@ -295,10 +292,7 @@ def convert_config(theirs):
 
 def read_json(path):
     """The dict in a JSON file, empty if there is no file"""
-    try:
-        return json.loads(path.read_text('utf-8')) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f'{path.name} is damaged ({error})') from None
+    return json.loads(path.read_text('utf-8')) if path.exists() else {}
 
 def steps(part):
     """A normalizer, pre_tokenizer or decoder in a tokenizer.json -> the list of its steps"""
@@ -349,10 +343,9 @@ def convert(folder):
     """Write the Llama or Qwen3 in a Hugging Face folder as out-NAME/best.pt, and print the next commands."""
     from safetensors.torch import load_file
     name = folder.resolve().name
-    for file in ('config.json', 'tokenizer.json', 'model*.safetensors'):
-        if not any(folder.glob(file)):
-            raise ValueError(f'there is no {folder / file}: '
-                             f'run "hf download OWNER/{name} --local-dir {folder}" first')
+    if not (folder / 'config.json').exists():
+        raise ValueError(f'there is no {folder / "config.json"}: '
+                         f'run "hf download OWNER/{name} --local-dir {folder}" first')
     out = Path(f'out-{name}')
     if out.exists():
         raise ValueError(f'{out} exists: rename or delete it to convert {folder} again')
@@ -459,7 +452,7 @@ def write_gguf(path, model, weights, meta, begin, end):
 @torch.no_grad()
 def export(folder):
     """Write the model of out_dir and its tokenizer to a new folder, for Hugging Face and llama.cpp. The files
-    are written to a temporary folder, which is renamed at the end."""
+    are written to NAME.part, which is renamed at the end."""
     from safetensors.torch import save_file
     import gguf  # a missing package is reported before anything is written
     if folder.exists():
@@ -480,18 +473,17 @@ def export(folder):
         eos_token=None if end is None else tokenizer.id_to_token(end))
     files = {'config.json': {**shape, **special, 'dtype': stored}, 'generation_config.json': special,
              'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
-    with tempfile.TemporaryDirectory(prefix='.export-', dir=folder.parent) as aside:
-        new = Path(aside) / 'new'
-        new.mkdir()
-        for name, facts in files.items():
-            (new / name).write_text(json.dumps(facts, indent=2), encoding='utf-8')
-        save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
-        note(f'{folder}: a Hugging Face folder, the weights in {stored}')
-        write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
-        new.rename(folder)
+    new = folder.with_name(f'{folder.name}.part')
+    new.mkdir(exist_ok=True)
+    for name, facts in files.items():
+        (new / name).write_text(json.dumps(facts, indent=2), encoding='utf-8')
+    save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
+    note(f'{folder}: a Hugging Face folder, the weights in {stored}')
+    write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
+    new.rename(folder)
 
 # ----------------------------------------------------------------------------
-# what was asked for
+# what the flags ask for
 
 if __name__ == '__main__':
     set_up_output()
@@ -503,7 +495,6 @@ if __name__ == '__main__':
         if from_hf:
             convert(Path(from_hf))
         elif to_hf:
-            signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # which removes the temporary folder
             export(Path(to_hf))
-    if not (from_hf or to_hf):
-        generate()
+        else:
+            generate()
