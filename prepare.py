@@ -22,7 +22,6 @@ import functools
 import glob
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import shutil
@@ -75,7 +74,7 @@ class Tokenizer:
 
     def __init__(self, meta):
         self.kind = meta['kind']
-        self.end_of_text = None
+        self.end_of_text = meta.get('end_of_text')
         if self.kind == 'char':
             self.ids = {c: i for i, c in enumerate(meta['chars'])}
             self.table = [c.encode() for c in meta['chars']]  # id -> bytes
@@ -83,7 +82,6 @@ class Tokenizer:
             from tokenizers import Tokenizer as HF
             self.hf = HF.from_str(meta['json'])
             self.hf.encode_special_tokens = True  # the name of a special token in a text is text
-            self.end_of_text = meta['end_of_text']
         else:
             self.table = [base64.b64decode(token) for token in meta['ranks']]
             ranks, self.end_of_text = {token: i for i, token in enumerate(self.table)}, len(self.table)
@@ -107,8 +105,7 @@ class Tokenizer:
                              'leave it out, or train on text that has it') from None
 
     def decode(self, ids):
-        """ids -> str. Invalid UTF-8, such as half a character, becomes U+FFFD; ids beyond the vocabulary,
-        which a padded embedding has, become nothing."""
+        """ids -> str. Invalid UTF-8 becomes U+FFFD, an id of a padded vocabulary nothing."""
         if self.kind == 'hf':
             return self.hf.decode([int(i) for i in ids], skip_special_tokens=False)
         return b''.join([self.table[i] for i in ids if i < len(self.table)]).decode('utf-8', 'replace')
@@ -210,19 +207,17 @@ def bpe_meta(kind, tokens):
 # sources -> documents, each an iterator over pieces of text
 
 def find_parts(source, folder, new):
-    """A source -> what to read: a list of paths, or the hf: source itself. Downloads are kept in `folder`,
-    other files are made in `new`."""
+    """A source -> a list of paths, or of the hf: source itself; `folder` keeps downloads."""
     if source.startswith('hf:'):
         return [source]
     if source == 'pydoc':
         from pydoc_data.topics import topics
         path = new / 'pydoc.txt'
-        path.write_text('\n\n'.join(topics[key].strip() for key in sorted(topics)) + '\n', 'utf-8')
+        path.write_text('\n\n'.join(text.strip() for _, text in sorted(topics.items())) + '\n', 'utf-8')
         return [path]
     if source in DOWNLOADS or source.startswith(('http://', 'https://')):
         return [download(source, folder, new / 'download')]
-    if source == '-':
-        return [Path('/dev/stdin')]
+    source = '/dev/stdin' if source == '-' else source
     if os.path.exists(source) and not os.path.isdir(source):  # a file or a pipe
         return [Path(source)]
     pattern = f'{glob.escape(source)}/**/*.txt' if os.path.isdir(source) else source
@@ -233,8 +228,7 @@ def find_parts(source, folder, new):
     return [Path(path) for path in sorted(found)]
 
 def download(source, folder, part):
-    """A URL or a name in DOWNLOADS -> the path of its text, downloaded to `part` first unless it exists.
-    ConnectionError if that fails."""
+    """A URL or a name in DOWNLOADS -> the path of its text. ConnectionError if that can't be downloaded."""
     import requests  # here, because it takes 60 ms and sample.py does not need it
     url = DOWNLOADS.get(source, source)
     name = hashlib.sha256(url.encode()).hexdigest()[:16] + Path(url.split('?')[0]).suffix
@@ -254,17 +248,13 @@ def download(source, folder, part):
     path.parent.mkdir(exist_ok=True)
     return Path(shutil.move(part, path))
 
-def split_lines(file):
-    """The text of an open file in pieces that end with a line, so that no word is cut (unless a line is
-    longer than a piece)"""
-    while piece := file.read(PIECE) + file.readline(PIECE):
-        yield piece
-
 def read_text(path):
-    """The text of a UTF-8 file in pieces, without a byte order mark, every line ending with \\n"""
+    """The text of a UTF-8 file in pieces, without a byte order mark, every line ending with \\n. Pieces end
+    with a line, so that no word is cut, unless a line is very long."""
     try:
         with open(path, encoding='utf-8-sig') as file:
-            yield from split_lines(file)
+            while piece := file.read(PIECE) + file.readline(PIECE):
+                yield piece
     except UnicodeDecodeError:
         raise ValueError(f'{path} is not UTF-8 text: leave it out, or convert it, as in '
                          '"iconv -f ENCODING -t UTF-8 OLD > NEW"') from None
@@ -296,7 +286,8 @@ def read_documents(part, column):
         if not isinstance(text, str | None):
             raise ValueError(f'{part}: row {number:,} has no text in column {column!r} (choose another with '
                              f'--column): {row!r:.200}')
-        yield split_lines(io.StringIO(text or '', newline=None))  # None: lines end with \n
+        text = (text or '').replace('\r\n', '\n').replace('\r', '\n')
+        yield [text[at:at + PIECE] for at in range(0, len(text), PIECE)]
 
 # ----------------------------------------------------------------------------
 # documents -> data/NAME/
@@ -354,21 +345,21 @@ def in_order(function, items, workers):
         yield from (future.result() for future in waiting)
 
 def ngram_bits(train, val):
-    """How well letter tables counted on the bytes of `train` predict those of `val` -> bits per byte:
-    {'1': without context, '3': with two bytes of context}. The tables are interpolated as by Witten and Bell
-    (1991): p(c|ab) = (n(abc) + t(ab) p(c|b)) / (n(ab) + t(ab)), where t(ab) is the number of different bytes
-    seen after ab; likewise p(c|b) with p(c), and p(c) with 1/256."""
+    """How well tables counted on the bytes of `train` predict those of `val`, in bits per byte: {'1': without
+    context, '3': with two bytes of context}. Smoothed by interpolation (Witten and Bell, 1991):
+    p(c|ab) = (n(abc) + t(ab) p(c|b)) / (n(ab) + t(ab)), where t(ab) is the number of different bytes that
+    follow ab; likewise p(c|b) from p(c), and p(c) from 1/256."""
     text = np.frombuffer(b'\0\0' + train + val, np.uint8).astype(np.int64)  # zeros precede it
-    known, predicted = slice(len(train)), slice(len(train), None)
+    seen, new = slice(len(train)), slice(len(train), None)
     contexts = {'1': 0 * text[2:], '2': text[1:-1], '3': text[:-2] << 8 | text[1:-1]}
     chance, bits = 1 / 256, {}
     for n, context in contexts.items():
         gram = context << 8 | text[2:]
-        grams, times = np.unique(gram[known], return_counts=True)
-        at = np.searchsorted(grams, gram[predicted]).clip(max=len(grams) - 1)
-        n_gram = np.where(grams[at] == gram[predicted], times[at], 0)
-        n_context = np.bincount(context[known], minlength=1 << 16)[context[predicted]]
-        t = np.bincount(grams >> 8, minlength=1 << 16)[context[predicted]].clip(min=1)  # new: the shorter's
+        grams, times = np.unique(gram[seen], return_counts=True)
+        at = np.searchsorted(grams, gram[new]).clip(max=len(grams) - 1)
+        n_gram = np.where(grams[at] == gram[new], times[at], 0)
+        n_context = np.bincount(context[seen], minlength=1 << 16)[context[new]]
+        t = np.bincount(grams >> 8, minlength=1 << 16)[context[new]].clip(min=1)  # 0 only if n_context is 0
         chance = (n_gram + t * chance) / (n_context + t)
         bits[n] = float(-np.log2(chance).mean())
     return {'1': bits['1'], '3': bits['3']}
@@ -395,8 +386,7 @@ def write_tokens(new, coder, pieces):
             beginnings[split] += text[:NGRAM_BYTES[split] - len(beginnings[split])]
             progress(f'{sizes.total() / 1e6:,.0f} MB')
     if min(tokens['train'], tokens['val']) < 2:
-        raise ValueError(f'too little text: {tokens["train"]:,} tokens for training, {tokens["val"]:,} for '
-                         'validation')
+        raise ValueError(f'too little text: {tokens["train"]} training and {tokens["val"]} validation tokens')
     return {'vocab_size': coder.vocab_size, 'dtype': coder.dtype.name, 'tokens': tokens, 'bytes': sizes,
             'source_sha256': sha.hexdigest(), 'ngram_bits': ngram_bits(**beginnings)}
 
@@ -413,22 +403,17 @@ def fill(new, folder, meta):
         rng.shuffle(begins)  # rows, too
     read = functools.partial(read_copy, new / 'text', begins)
     meta['tokenizer'] = make_tokenizer(settings['tokenizer'], settings['vocab_size'], read, size)
-    coder = Tokenizer(meta['tokenizer'])
     n_train = max(int(size * (1 - settings['val_fraction'])), size - VAL_MAX)
-    meta |= write_tokens(new, coder, split_pieces(read(), n_train))
+    meta |= write_tokens(new, Tokenizer(meta['tokenizer']), split_pieces(read(), n_train))
     (new / 'meta.json').write_text(json.dumps(meta), 'utf-8')
-
-def make_name(source):
-    """A path, URL or hf: source -> only letters, digits, _ and -, so that it can't lead out of data/"""
-    stem = Path(os.path.abspath(source.split('?')[0])).stem
-    return regex.sub(r'[^\w-]+', '-', stem).strip('-')[:60] or 'text'
 
 def prepare(sources, name=name, column=column, shuffle=shuffle, tokenizer=tokenizer, vocab_size=vocab_size,
             val_fraction=val_fraction, max_mb=max_mb, overwrite=overwrite):
     """-> the data set's folder. ValueError for a mistake of the user, ConnectionError if a download fails.
     One process at a time prepares a name; one that waited for it reuses the result if the settings match."""
     sources = [sources] if isinstance(sources, str) else list(sources)
-    name = name or make_name(sources[0])
+    stem = Path(os.path.abspath(sources[0].split('?')[0])).stem
+    name = name or regex.sub(r'[^\w-]+', '-', stem).strip('-')[:60] or 'text'
     if not regex.fullmatch(r'[\w-][\w.-]{0,99}', name):
         raise ValueError(f'{name!a} cannot name a data set: use letters, digits, _ and -')
     settings = dict(column=column, shuffle=shuffle, tokenizer=tokenizer, vocab_size=vocab_size,
@@ -442,7 +427,7 @@ def prepare(sources, name=name, column=column, shuffle=shuffle, tokenizer=tokeni
         old = json.loads(path.read_text('utf-8')) if path.exists() else {}
         asked = {'sources': sources, **settings}
         made = {**asked, **old.get('settings', {}), 'sources': old.get('sources', sources)}
-        changes = [f'{key}={printable(made[key])}' for key in asked if made[key] != asked[key]]
+        changes = [f'{key}={made[key]}' for key in asked if made[key] != asked[key]]
         if old and not changes and path.stat().st_mtime > began:
             return folder
         if changes and not overwrite:
@@ -455,15 +440,14 @@ def prepare(sources, name=name, column=column, shuffle=shuffle, tokenizer=tokeni
             folder.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)  # from here on the data set counts as missing
             for file in ('train.bin', 'val.bin', 'meta.json'):
-                shutil.move(new / file, folder / file)  # `folder` may be a link to another disk
+                shutil.move(new / file, folder / file)  # the folder may be a link to another disk
         finally:
             shutil.rmtree(new)
     print(describe(name))
     return folder
 
 def fetch(name, offline=''):
-    """-> the data set to train on: `name`, prepared first if it is missing and known, or `offline` if that
-    needs a download that fails"""
+    """-> `name`, after preparing it if it is known but missing, or `offline` if its download fails"""
     try:
         if name in KNOWN and name not in data_sets():
             prepare(name)
@@ -494,10 +478,9 @@ def load_dataset(name):
         if {'train': len(train), 'val': len(val)} != meta['tokens']:
             raise ValueError('cut short')
     except (OSError, KeyError, ValueError):
-        there = ', '.join(data_sets()) or 'none'
         text = folder.name if folder.name in KNOWN else f'TEXT.txt --name={folder.name}'
-        raise ValueError(f'{printable(folder)} is missing or damaged (prepared: {there}): '
-                         f'run "python prepare.py {printable(text)}"') from None
+        raise ValueError(f'{folder} is missing or damaged (prepared: {", ".join(data_sets()) or "none"}): '
+                         f'run "python prepare.py {text}"') from None
     return SimpleNamespace(meta=meta, train=train, val=val)
 
 def known():
@@ -515,8 +498,7 @@ def text_id(data):
 def check_fits(data, config):
     """ValueError unless the model of config can read the data set."""
     if config['vocab_size'] < data.meta['vocab_size']:
-        raise ValueError(f'vocab_size is {config["vocab_size"]}, the data set has {data.meta["vocab_size"]} '
-                         'tokens')
+        raise ValueError(f'vocab_size is {config["vocab_size"]}, the data needs {data.meta["vocab_size"]}')
     for split, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= config['block_size']:
             raise ValueError(f'{split} has {len(tokens):,} tokens, block_size {config["block_size"]} needs '
