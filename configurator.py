@@ -176,8 +176,9 @@ def configure(*sources, argv=None, allowed={}):
     files and flags; and the part that files and flags gave. allowed: {name: as in checked()}."""
     argv = sys.argv[1:] if argv is None else argv
     block, given = {}, {}
-    for source in reversed(sources):
-        block = block | read_block(source) | block  # the script's own settings come first
+    for source in reversed(sources):  # the script's own settings come first, and their defaults win
+        for name, entry in read_block(source).items():
+            block.setdefault(name, entry)
     settings = {name: default for name, (default, comment) in block.items()}
     if '-h' in argv or '--help' in argv:
         print(sys.modules['__main__'].__doc__, 'Settings, with their defaults:', sep='\n')

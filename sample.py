@@ -2,22 +2,22 @@
 
     python sample.py --start="ROMEO:"
     python sample.py --start=FILE:prompt.txt --num_samples=4 --temperature=0.7 --top_p=0.9
-    python sample.py --interactive           # type, read, continue
+    python sample.py --interactive           # continue what you type
     python sample.py --to_hf=my-gpt          # write a Hugging Face folder, and in it model.gguf for llama.cpp
     python sample.py --from_hf=SmolLM2-135M  # convert a downloaded folder to the run folder out-SmolLM2-135M
 """
 import os
 import signal
 
-if __name__ == '__main__':  # Ctrl-C at any moment, also while torch is imported
+if __name__ == '__main__':  # exit on Ctrl-C without a traceback, even while torch is being imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import itertools
 import json
 import math
 import re
 import shlex
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import hardware
-from configurator import checked, configure, plain_errors, printable, set_up_output, unknown
+from configurator import checked, configure, plain_errors, printable, set_up_output
 from model import (FIELDS, GPT, GPTConfig, LIMITS, checkpoint_path, load_checkpoint, load_model,
                    save_checkpoint)
 from prepare import END_OF_TEXT, PATTERN, Tokenizer, read_text
@@ -34,17 +34,17 @@ from prepare import END_OF_TEXT, PATTERN, Tokenizer, read_text
 # ----------------------------------------------------------------------------
 # settings
 out_dir = 'out'  # folder of a run (its best.pt, or else ckpt.pt), or a checkpoint
-start = ''  # text to continue, with \n for a line break, or FILE:path; empty: the beginning of a document
+start = ''  # text to continue (\n is a line break), or FILE:path; empty: begin a document
 num_samples = 1  # texts, drawn in one batch
 max_new_tokens = 500  # tokens in each text
 temperature = 0.8  # 0: always the likeliest token; below 1: safer, above: wilder
 top_k = 200  # draw from this many likeliest tokens; 0: from all
 top_p = 1.0  # draw from the fewest tokens that have this probability together; 1: from all
 min_p = 0.0  # draw from the tokens at least this many times as likely as the likeliest; 0: from all
-repetition_penalty = 1.0  # make tokens that the text has already less likely, as 1.1 does; 1: do not
-stop = ''  # end a text where this stands in it; \n is a line break
-seed = 0  # of the draws; 0: other text each time
-interactive = False  # type, read, continue; the model is loaded once
+repetition_penalty = 1.0  # above 1, such as 1.1, tokens that are in the text already become less likely
+stop = ''  # end a text before this string; \n is a line break
+seed = 0  # of the draws; 0: different text each time
+interactive = False  # continue what you type, again and again
 to_hf = ''  # export the model to this new folder, for other programs
 from_hf = ''  # convert this Hugging Face folder to the run folder out-NAME
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
@@ -57,41 +57,37 @@ ALLOWED = dict(LIMITS, threads=(0, 1024), dtype=('auto', 'float32', 'bfloat16', 
 # text
 
 def note(text):
-    print(printable(text), file=sys.stderr, flush=True)  # stdout is the text alone
+    print(printable(text), file=sys.stderr, flush=True)  # stdout gets only the text
 
 def typed(text):
-    r"""The text that a user typed: \n is a line break, \t a tab, and bytes that are not UTF-8 are U+FFFD."""
+    r"""The text that a user typed: \n means a line break, \t a tab; invalid UTF-8 becomes U+FFFD."""
     return re.sub('[\ud800-\udfff]+', '\ufffd', text.replace(r'\n', '\n').replace(r'\t', '\t'))
 
 def known(coder, text):
-    """The text without the characters that a char tokenizer does not know, which a note names. ValueError if
-    nothing is left."""
+    """The text without characters that a char tokenizer does not know. ValueError if nothing is left."""
     if coder.kind != 'char' or coder.ids.keys() >= set(text):
         return text
     strange = ' '.join(sorted(set(text) - coder.ids.keys()))[:100]
     kept = ''.join(c for c in text if c in coder.ids)
     if not kept:
-        raise ValueError(f'the model does not know {strange}: it was trained on text without')
+        raise ValueError(f'the model does not know {strange}: its training text had none')
     note(f'left out, because the model does not know it: {strange}')
     return kept
 
 def read_start(coder):
-    """The part of `start` to print, and its ids. An empty one becomes the token before a document: the end of
-    another document, or else a line break, or else any token."""
+    """-> the part of `start` to print, and its ids. An empty start becomes the id that precedes a document:
+    the end of another one or, with a char tokenizer, a line break."""
     if start.startswith('FILE:'):
         shown, text = '', known(coder, ''.join(read_text(os.path.expanduser(start.removeprefix('FILE:')))))
     else:
         shown = text = known(coder, typed(start))
     ids = coder.encode(text)
-    if not ids and coder.end_of_text is not None:
-        ids = [coder.end_of_text]
-    if not ids:
-        with suppress(ValueError):  # the tokenizer may not know a line break
-            ids = coder.encode('\n')
-    return shown, ids or [0]
+    if not ids and coder.kind == 'char':
+        ids = [coder.ids.get('\n', 0)]
+    return shown, ids or [coder.end_of_text or 0]
 
 def draw(model, coder, ids, drawn, **options):
-    """Yield the next ids, one for each text, until every text has ended; append them to drawn, too."""
+    """Yield the next ids, one for each text, until every text has ended; also append them to drawn."""
     ended = set()
     for new in model.stream(torch.tensor([ids[-model.config.block_size:]]), **options):
         drawn.append(new.tolist())
@@ -101,25 +97,19 @@ def draw(model, coder, ids, drawn, **options):
             break
 
 def write(coder, ids):
-    """Print ids as they come: whole characters, control characters as escapes, up to an end or the stop
-    string."""
-    piece, held = coder.decoder(), ''
-    for id in ids:
-        if id in coder.ends:
-            break
-        held += piece(id)
+    """Print the text of ids as they come, up to an end or the stop string."""
+    held = ''
+    for text in coder.decode_stream(itertools.takewhile(lambda id: id not in coder.ends, ids)):
+        held += text
         if stop and stop in held:
             break
         ready = max(0, len(held) + 1 - len(stop))  # the rest may be the beginning of the stop string
         print(printable(held[:ready]), end='', flush=True)
         held = held[ready:]
-    held += piece(None)
-    if stop:
-        held = held.partition(stop)[0]
-    print(printable(held), flush=True)
+    print(printable(held.partition(stop)[0] if stop else held), flush=True)
 
 def write_texts(model, coder, prompt, shown, options):
-    """Print num_samples continuations of the prompt, each behind the text that is shown of it."""
+    """Print num_samples continuations of the prompt, each after the part of it that is shown."""
     began, drawn = time.perf_counter(), []
     rows = draw(model, coder, prompt, drawn, num_samples=num_samples, **options)
     texts = zip(*rows) if num_samples > 1 else [(row[0] for row in rows)]
@@ -130,14 +120,16 @@ def write_texts(model, coder, prompt, shown, options):
             print('-' * 40)
     note(f'{len(drawn) * num_samples / (time.perf_counter() - began):,.0f} tokens/s')
 
+HELP = """/reset forgets the text so far; /quit or Ctrl-D ends; Ctrl-C stops a text
+anything else is continued: \\n is a line break, an empty line goes on"""
+
 def talk(model, coder, prompt, options):
-    """A prompt, the text that follows, and again, all one text; /NAME NUMBER changes an option."""
+    """Read text and continue it, again and again, all as one text; /NAME NUMBER changes an option."""
     with suppress(ImportError):
-        import readline  # history and editing in input(), where there is one
-    note('It completes documents, it is not an assistant: type how one begins. Empty: go on; /help')
+        import readline  # gives input() history and editing
+    note('The model continues documents, it is not an assistant: type how one begins. Help: /help')
     context = list(prompt)
     numbers = [name for name in options if name in LIMITS]
-    commands = [f'/{name}' for name in (*numbers, 'reset', 'help', 'quit')]
     while True:
         line = input('\n> ')
         command, _, value = line.removeprefix('/').partition(' ')
@@ -152,28 +144,23 @@ def talk(model, coder, prompt, options):
                 return
             elif command == 'reset':
                 context = list(prompt)
-            elif command in ('', 'help'):
-                print(*[f'/{name} {options[name]}' for name in numbers], sep='\n')
-                print('/reset forgets the text so far; /quit or Ctrl-D ends; Ctrl-C stops a text\n'
-                      'anything else is continued: \\n is a line break, an empty line goes on')
             elif command in numbers:
                 default = options[command]
                 options[command] = checked(command, value, default, LIMITS[command])
             else:
-                raise ValueError(unknown(f'/{command}', commands, 'command', '/help lists them'))
+                print(*[f'/{name} {options[name]}' for name in numbers], HELP, sep='\n')
         except ValueError as error:
             print(printable(error))
 
 def generate():
     """Load the model, then write texts or talk."""
-    with plain_errors():
-        place = hardware.pick_device(device)
-        precision = hardware.pick_dtype(place, dtype)
-        path = checkpoint_path(out_dir)
-        checkpoint = load_checkpoint(path)
-        model = load_model(checkpoint).to(place, getattr(torch, precision)).eval()
-        coder = Tokenizer(checkpoint['tokenizer'])
-        shown, prompt = read_start(coder)
+    place = hardware.pick_device(device)
+    precision = hardware.pick_dtype(place, dtype)
+    path = checkpoint_path(out_dir)
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint).to(place, getattr(torch, precision)).eval()
+    coder = Tokenizer(checkpoint['tokenizer'])
+    shown, prompt = read_start(coder)
     hardware.set_up(place, threads)
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
     if math.isnan(checkpoint['val_loss']):
@@ -195,7 +182,7 @@ def generate():
     write_texts(model, coder, prompt, shown, options)
 
 # ----------------------------------------------------------------------------
-# exchange with Hugging Face, as a Llama or a Qwen3, and llama.cpp; sampling does not use this section
+# Convert from and to Hugging Face's Llama and Qwen3, and to llama.cpp. Sampling does not use this section.
 
 # our modules and theirs; one matrix of ours may hold several of theirs, one below the other
 MODULES = {
@@ -217,9 +204,17 @@ SIZES = dict(block_size='max_position_embeddings', vocab_size='vocab_size', n_la
 FIXED = dict(hidden_act='silu', tie_word_embeddings=True, use_sliding_window=False)
 # fields of GPTConfig that export_config handles by hand, or that only training uses
 OTHERS = {'mlp_ratio', 'use_rms_norm', 'use_swiglu', 'qk_norm', 'dropout', 'gradient_checkpointing'}
+# byte -> the letter that spells it in a byte-level vocabulary: GPT-2 moves unprintable bytes to 256 and up
+LETTERS = {b: chr(b) for b in range(33, 256) if chr(b).isprintable()}
+LETTERS |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*LETTERS}))}
+# llama.cpp's name for each way in which a tokenizer.json splits a text into words
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r'|\s+(?!\S)|\s+')
+SPLITTERS = {('ByteLevel',): 'gpt-2', (PATTERN, 'ByteLevel'): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm',
+             (QWEN, 'ByteLevel'): 'qwen2'}
 
 def split_weights(config, weights):
-    """A GPT's weights -> {our name: {their name: tensor}}, without the head, which is the embedding again."""
+    """A GPT's weights -> {our name: {their name: tensor}}, without the head, which is the embedding."""
     heads = (config.n_head, config.n_kv_head, config.n_kv_head)
     rows = {'attention.qkv': [n * config.head_dim for n in heads], 'mlp.up': [config.hidden_dim] * 2}
     result = {}
@@ -242,32 +237,20 @@ def split_weights(config, weights):
     return result
 
 def join_weights(config, theirs):
-    """{their name: tensor} -> a GPT's weights in float32. ValueError names a tensor that is missing, has
-    another shape, or has no place here."""
+    """{their name: tensor} -> a GPT's weights in float32. ValueError names a tensor that does not fit."""
     with torch.device('meta'):
         groups = split_weights(config, GPT(config).state_dict())
     expected = {name: part.shape for group in groups.values() for name, part in group.items()}
-    for name, shape in expected.items():
-        if name not in theirs:
-            raise ValueError(f'{name} is missing')
-        if theirs[name].shape != shape or not theirs[name].is_floating_point():
-            raise ValueError(f'{name} is {theirs[name].dtype} {tuple(theirs[name].shape)}, '
-                             f'not floating-point {tuple(shape)}')
-    for name in sorted(theirs.keys() - expected.keys()):
-        if name == 'lm_head.weight':
-            if not torch.equal(theirs[name].float(), theirs['model.embed_tokens.weight'].float()):
-                raise ValueError(f'{name} is not the embedding, although tie_word_embeddings is true')
-        elif not name.endswith('.inv_freq'):  # RoPE's frequencies, which old folders hold
-            raise ValueError(f'this model has no place for {name}')
-    weights = {}
-    for name, group in groups.items():
-        weights[name] = torch.cat([theirs[part].float() for part in group])
+    found = {name: part.shape for name, part in theirs.items() if name != 'lm_head.weight'}  # tied
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f'{name} is {found.get(name, "missing")}, not {expected.get(name, "allowed")}')
+    weights = {name: torch.cat([theirs[part].float() for part in group]) for name, group in groups.items()}
     weights['head.weight'] = weights['embedding.weight']
     return weights
 
 def export_config(c):
-    """GPTConfig -> what config.json says of the shape; ValueError names what neither Llama nor Qwen3 can
-    be."""
+    """GPTConfig -> the shape in config.json. ValueError names what neither Llama nor Qwen3 has."""
     if not c.use_rms_norm or not c.use_swiglu or (c.bias and c.qk_norm):
         raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm '
                          f'{c.qk_norm}: Llama and Qwen3 have RMSNorm, SwiGLU, and not both bias and qk_norm')
@@ -285,47 +268,31 @@ def export_config(c):
     return {**family, **sizes, **FIXED, 'intermediate_size': c.hidden_dim, 'rope_parameters': rope}
 
 def convert_config(theirs):
-    """What config.json says -> GPTConfig; ValueError names what a GPT of this program cannot be."""
+    """The contents of config.json -> GPTConfig. ValueError names what a GPT of this program cannot be."""
     qwen3 = theirs.get('model_type') == 'qwen3'
     rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
     rope.setdefault('rope_type', rope.get('type'))
-    defaults = dict(
-        model_type=None, hidden_act='silu', tie_word_embeddings=False, use_sliding_window=False,
-        layer_types=[], num_key_value_heads=32 if qwen3 else 0, head_dim=128 if qwen3 else 0,
-        rms_norm_eps=1e-6, rope_theta=10000.0, rope_type='default', partial_rotary_factor=1.0,
-        attention_bias=False, mlp_bias=False, quantization_config=None)
-    c = defaults | {name: value for name, value in (theirs | rope).items() if value is not None}
-    right = FIXED | dict(
-        model_type='qwen3' if qwen3 else 'llama', layer_types=['full_attention'] * len(c['layer_types']),
-        rope_type='default', partial_rotary_factor=1.0, attention_bias=not qwen3 and c['mlp_bias'],
-        quantization_config=None)
-    for name, value in right.items():
-        if c[name] != value:
-            raise ValueError(f'{name} is {c[name]!r:.60}, which a GPT of this program cannot have')
+    c = dict(model_type=None, tie_word_embeddings=False, num_key_value_heads=0, head_dim=0, rms_norm_eps=1e-6,
+             rope_theta=10000.0, attention_bias=False, mlp_bias=False, layer_types=[])
+    c |= {name: value for name, value in (theirs | rope).items() if value is not None}
+    required = FIXED | dict(
+        model_type='qwen3' if qwen3 else 'llama', rope_type='default', partial_rotary_factor=1.0,
+        layer_types=['full_attention'] * len(c['layer_types']), quantization_config=None,
+        attention_bias=not qwen3 and c['mlp_bias'])
+    for name, value in required.items():
+        if c.get(name, value) != value:
+            raise ValueError(f'{name} is {c[name]!r:.60}, which is not supported')
     for name in (*SIZES.values(), 'intermediate_size'):
         if name not in c:
             raise ValueError(f'config.json has no {name}')
-    config = GPTConfig(**{ours: c[name] for ours, name in SIZES.items()}, qk_norm=qwen3)
-    hidden = c['intermediate_size']
-    if type(hidden) is not int or hidden % 64 or not 0 < hidden < 2**24:
-        raise ValueError(f'intermediate_size is {hidden!r:.60}: it must be a multiple of 64')
-    return replace(config, mlp_ratio=hidden / config.n_embd)
+    if c['intermediate_size'] % 64:
+        raise ValueError(f'intermediate_size is {c["intermediate_size"]}: it must be a multiple of 64')
+    config = GPTConfig(**{ours: c[theirs] for ours, theirs in SIZES.items()}, qk_norm=qwen3)
+    return replace(config, mlp_ratio=c['intermediate_size'] / config.n_embd)
 
-def read_json(path, **kinds):
-    """The dict in a JSON file, empty where there is no file. ValueError where it is damaged, or a field is
-    not of its kind."""
-    if not path.exists():
-        return {}
-    try:
-        contents = json.loads(path.read_text('utf-8'))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path.name} is damaged ({type(error).__name__})') from None
-    if not isinstance(contents, dict):
-        raise ValueError(f'{path.name} is damaged ({type(contents).__name__} where an object belongs)')
-    for name, kind in kinds.items():
-        if not isinstance(contents.get(name), kind | None):
-            raise ValueError(f'{path.name} is damaged ({name} is {contents[name]!r:.60})')
-    return contents
+def read_json(path):
+    """The dict in a JSON file, empty if there is no file"""
+    return json.loads(path.read_text('utf-8')) if path.exists() else {}
 
 def steps(part):
     """A normalizer, pre_tokenizer or decoder in a tokenizer.json -> the list of its steps"""
@@ -334,111 +301,73 @@ def steps(part):
             return part[name]
     return [part] if part else []
 
-def plain_tokenizer(contents):
-    """Reduce a tokenizer.json to what determines its ids: files saved by different versions become equal.
-    ValueError names a part that is not supported: ids must decode to the exact text, piece by piece."""
+def load_tokenizer(contents):
+    """The text of a tokenizer.json -> a tokenizers.Tokenizer. ValueError names a part that is not supported:
+    ids must decode to exactly the text, piece by piece."""
     from tokenizers import Tokenizer as HF
-    try:
-        hf = HF.from_str(json.dumps(contents))
-    except Exception as error:  # tokenizers has no class for it
-        raise ValueError(f'tokenizer.json is not a tokenizer ({error})') from None
+    hf = HF.from_str(contents)
     hf.no_padding()
     hf.no_truncation()
     if hf.encode('').ids:
         raise ValueError('tokenizer.json adds tokens to every text (BOS?), which is not supported')
     contents = json.loads(hf.to_str())  # with the fields that older files leave out
-    model = contents['model']
+    model, splitter, decoder = contents['model'], steps(contents['pre_tokenizer']), steps(contents['decoder'])
     options = ('byte_fallback', 'continuing_subword_prefix', 'end_of_word_suffix', 'dropout')
     used = {model['type'], *(name for name in options if model.get(name))}
-    for step in steps(contents['normalizer']):
-        used.add(step['type'])
-    for step in steps(contents['pre_tokenizer']):
-        used.add('add_prefix_space' if step.get('add_prefix_space') else step['type'])
-        if step['type'] == 'ByteLevel':
-            step['trim_offsets'] = True  # changes offsets, not ids
-    for step in steps(contents['decoder']):
-        used.add(step['type'])
-        if step['type'] == 'ByteLevel':
-            step.update(add_prefix_space=True, trim_offsets=True, use_regex=True)  # decoding ignores them
+    used.update(step['type'] for step in (*steps(contents['normalizer']), *splitter, *decoder))
+    used.update('add_prefix_space' for step in splitter if step.get('add_prefix_space'))
     strange = used - {'BPE', 'NFC', 'Split', 'Digits', 'ByteLevel', 'Fuse'}
-    if strange or not contents['decoder']:
+    if strange or not decoder:
         what = ', '.join(sorted(strange)) or 'no decoder'
         raise ValueError(f'tokenizer.json has {what}: only byte-level BPE is supported, as of GPT-2, SmolLM2 '
                          'and Qwen3; SentencePiece is not')
-    kept = {name: model[name] for name in ('type', 'vocab', 'unk_token', 'fuse_unk', 'ignore_merges')}
-    kept['merges'] = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-    return contents | {'model': kept, 'post_processor': None}
+    return hf
 
 def convert_tokenizer(folder):
-    """A Hugging Face folder's tokenizer, as meta.json and checkpoints hold it. It includes the ids that end,
-    begin and pad a text, and the chat template."""
-    contents = plain_tokenizer(read_json(folder / 'tokenizer.json'))
-    ids = contents['model']['vocab'] | {token['content']: token['id'] for token in contents['added_tokens']}
-    size = max(ids.values()) + 1
-    config, generation = read_json(folder / 'config.json'), read_json(folder / 'generation_config.json')
-    names = read_json(folder / 'tokenizer_config.json', pad_token=str | dict, chat_template=str | list)
-    begin, ends = config.get('bos_token_id'), []
-    for end in (config.get('eos_token_id'), generation.get('eos_token_id')):
+    """A Hugging Face folder's tokenizer as meta.json and checkpoints hold it, with the ids that begin and end
+    a text, and the chat template"""
+    hf = load_tokenizer((folder / 'tokenizer.json').read_text('utf-8'))
+    config, ends = read_json(folder / 'config.json'), []
+    for settings in (config, read_json(folder / 'generation_config.json')):
+        end = settings.get('eos_token_id')
         ends += end if isinstance(end, list) else [end]
-    for id in (begin, *ends):
-        if id is not None and (type(id) is not int or not 0 <= id < size):
-            raise ValueError(f'config.json: a text begins or ends with {id!r:.60}, which is no token')
     ends = list(dict.fromkeys(end for end in ends if end is not None))
-    pad = names.get('pad_token')
-    pad = ids.get(pad.get('content') if isinstance(pad, dict) else pad, config.get('pad_token_id'))
-    template = names.get('chat_template')
+    template = read_json(folder / 'tokenizer_config.json').get('chat_template')
     if (folder / 'chat_template.jinja').exists():
         template = (folder / 'chat_template.jinja').read_text('utf-8')
-    return {'kind': 'hf', 'json': json.dumps(contents, sort_keys=True), 'vocab_size': size,
-            'end_of_text': ends[0] if ends else None, 'ends': ends, 'begin': begin,
-            'pad': pad if pad in ids.values() else None, 'chat_template': template}
-
-def read_weights(folder):
-    """{name: tensor} of all the safetensors files of a Hugging Face folder"""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    weights = {}
-    for path in sorted(folder.glob('model*.safetensors')):
-        try:
-            weights.update(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f'{path.name} is damaged ({error})') from None
-    return weights
+    return {'kind': 'hf', 'json': hf.to_str(), 'vocab_size': max(hf.get_vocab().values()) + 1,
+            'end_of_text': ends[0] if ends else None, 'ends': ends, 'begin': config.get('bos_token_id'),
+            'chat_template': template}
 
 def convert(folder):
     """Write the Llama or Qwen3 in a Hugging Face folder as out-NAME/best.pt, and print the next commands."""
+    from safetensors.torch import load_file
     name = folder.resolve().name
-    for file in ('config.json', 'tokenizer.json', 'model*.safetensors'):
-        if not any(folder.glob(file)):
-            raise ValueError(f'there is no {folder / file}: '
-                             f'run "hf download OWNER/{name} --local-dir {folder}" first')
+    if not (folder / 'config.json').exists():
+        raise ValueError(f'there is no {folder / "config.json"}: '
+                         f'run "hf download OWNER/{name} --local-dir {folder}" first')
     out = Path(f'out-{name}')
-    for path in (out / 'best.pt', out / 'ckpt.pt'):
-        if path.exists():
-            raise ValueError(f'{path} exists: rename or delete {out} to convert {folder} again')
-    try:
-        config = convert_config(read_json(
-            folder / 'config.json', rope_scaling=dict, rope_parameters=dict, layer_types=list))
-        tokenizer = convert_tokenizer(folder)
-        if tokenizer['vocab_size'] > config.vocab_size:
-            raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, not {config.vocab_size}')
-        weights = join_weights(config, read_weights(folder))
-    except ValueError as error:
-        raise ValueError(f'{folder}: {error}') from None
+    if out.exists():
+        raise ValueError(f'{out} exists: rename or delete it to convert {folder} again')
+    config, tokenizer = convert_config(read_json(folder / 'config.json')), convert_tokenizer(folder)
+    if tokenizer['vocab_size'] > config.vocab_size:
+        raise ValueError(f'tokenizer.json has {tokenizer["vocab_size"]} ids, not {config.vocab_size}')
+    weights = {}
+    for path in folder.glob('model*.safetensors'):
+        weights |= load_file(path)
     state = {name: kind() for name, kind in FIELDS.items()}
-    state |= dict(model=weights, model_config=asdict(config), tokenizer=tokenizer, val_loss=math.nan,
-                  best_val_loss=math.inf)
-    out.mkdir(exist_ok=True)
+    state |= dict(model=join_weights(config, weights), model_config=asdict(config), tokenizer=tokenizer,
+                  val_loss=math.nan, best_val_loss=math.inf)
     save_checkpoint(out / 'best.pt', state)
     run = shlex.quote(str(out))
-    print(f'{out / "best.pt"} is written. Next, sample from it, or finetune it on your own text:\n'
+    print(f'wrote {out / "best.pt"}. Next, sample from it, or finetune it on your own text:\n'
           f'    python sample.py --out_dir={run}\n'
           f'    python prepare.py my.txt --name=mine --tokenizer={run}/best.pt\n'
           f'    python train.py config/finetune.py --init_from={run}/best.pt --dataset=mine')
 
 def export_tokenizer(meta):
-    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does. Only there <|endoftext|> in
-    a text is the special token, and characters that a char tokenizer does not know are left out."""
+    """-> a tokenizers.Tokenizer that encodes and decodes as Tokenizer(meta) does, except that <|endoftext|>
+    in a text is the special token, and unknown characters are left out."""
     from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
     coder = Tokenizer(meta)
     if coder.kind == 'hf':
@@ -447,53 +376,38 @@ def export_tokenizer(meta):
         exported = HF(models.BPE(coder.ids, []))
         exported.decoder = decoders.Fuse()
         return exported
-    # GPT-2 writes bytes that are printable in Latin-1 as these characters, others as those from 256 on
-    letters = {b: chr(b) for b in range(33, 256) if chr(b).isprintable()}
-    others = [b for b in range(256) if b not in letters]
-    letters |= {b: chr(256 + i) for i, b in enumerate(others)}
-    tokens = [''.join(letters[b] for b in token) for token in coder.table[:-1]]
+    tokens = [''.join(LETTERS[b] for b in token) for token in coder.table[:-1]]
     ids = {token: i for i, token in enumerate(tokens)}
     splits = [(token[:i], token[i:]) for token in tokens for i in range(1, len(token))]
     merges = [(a, b) for a, b in splits if a in ids and b in ids]  # any two tokens that make up a third merge
     exported = HF(models.BPE(ids, merges, ignore_merges=True))  # a word that is a token is one
-    words = pre_tokenizers.Split(Regex(meta['pattern']), 'isolated')
-    as_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    exported.pre_tokenizer = pre_tokenizers.Sequence([words, as_letters])
+    exported.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(meta['pattern']), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     exported.decoder = decoders.ByteLevel()
     exported.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return exported
 
-# llama.cpp's names for how a tokenizer.json splits a text into words
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r'|\s+(?!\S)|\s+')
-SPLITTERS = {('ByteLevel',): 'gpt-2', (PATTERN, 'ByteLevel'): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm',
-             (QWEN, 'ByteLevel'): 'qwen2'}
-
-def spell(contents, characters):
-    """Turn a char tokenizer.json's contents into what llama.cpp knows: each character is made, by merges, of
-    GPT-2's letters for its bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    letters = ByteLevel(add_prefix_space=False, use_regex=False)
-    ids = {letters.pre_tokenize_str(character)[0][0]: id for character, id in characters.items()}
-    merges = {f'{token[:i]} {token[i]}': None for token in ids for i in range(1, len(token))}
-    # llama.cpp wants an end, or it would be token 11, and a merge: no word has both a and 0
-    contents['model'].update(vocab=ids, merges=[*merges] or ['a 0'])
-    contents['added_tokens'] = [{'content': END_OF_TEXT, 'id': len(ids), 'special': True}]
-    contents['pre_tokenizer'] = {'type': 'ByteLevel'}
+def spell(characters):
+    """{character: id} of a char tokenizer -> the tokenizer.json that llama.cpp needs: a byte-level vocabulary
+    whose merges spell each character, and an end, which would be token 11 otherwise"""
+    ids = {''.join(LETTERS[b] for b in character.encode()): id for character, id in characters.items()}
+    merges = {(token[:i], token[i]): None for token in ids for i in range(1, len(token))}
+    return {'model': {'vocab': ids, 'merges': [*merges] or [('a', '0')]},  # it needs one: no word has a and 0
+            'added_tokens': [{'content': END_OF_TEXT, 'id': len(ids), 'special': True}],
+            'pre_tokenizer': {'type': 'ByteLevel'}}
 
 def write_gguf(path, model, weights, meta, begin, end):
-    """Write the file that llama.cpp reads; without one where it does not know the tokenizer."""
+    """Write the file that llama.cpp reads, unless it does not know the tokenizer."""
     import gguf
-    c, coder = model.config, Tokenizer(meta)
-    contents = json.loads(export_tokenizer(meta).to_str())
-    family = 'qwen3' if c.qk_norm else 'llama'
-    if coder.kind == 'char':
-        spell(contents, coder.ids)
+    c, contents = model.config, json.loads(export_tokenizer(meta).to_str())
+    if meta['kind'] == 'char':
+        contents = spell(Tokenizer(meta).ids)
         begin = end = contents['added_tokens'][0]['id']
     words = [step.get('pattern', {}).get('Regex', step['type']) for step in steps(contents['pre_tokenizer'])]
     split_by = SPLITTERS.get(tuple(words))
     if split_by is None:
-        note("without model.gguf: llama.cpp's name for this kind of tokenizer is not known here")
+        note('without model.gguf: llama.cpp has no name known here for this kind of tokenizer')
         return
     table = weights['model.embed_tokens.weight']
     if end == len(table):  # a new token: as rare as the rarest
@@ -507,16 +421,14 @@ def write_gguf(path, model, weights, meta, begin, end):
     for token in contents['added_tokens']:
         tokens[token['id']] = token['content']
         types[token['id']] = gguf.TokenType.CONTROL if token['special'] else gguf.TokenType.USER_DEFINED
-    merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in contents['model']['merges']]
     facts = dict(
         context_length=c.block_size, embedding_length=c.n_embd, block_count=c.n_layer,
         head_count=c.n_head, head_count_kv=c.n_kv_head, key_length=c.head_dim, value_length=c.head_dim,
         rope_dimension_count=c.head_dim, rope_freq_base=c.rope_theta, layer_norm_rms_eps=c.norm_eps,
-        feed_forward_length=c.hidden_dim,
-        tokenizer_model='gpt2', tokenizer_pre=split_by, token_list=tokens, token_types=types,
-        token_merges=merges, add_bos_token=False,
-        bos_token_id=begin, eos_token_id=end, pad_token_id=meta.get('pad'),
-        chat_template=meta.get('chat_template'))
+        feed_forward_length=c.hidden_dim, tokenizer_model='gpt2', tokenizer_pre=split_by, token_list=tokens,
+        token_types=types, token_merges=[' '.join(pair) for pair in contents['model']['merges']],
+        add_bos_token=False, bos_token_id=begin, eos_token_id=end, chat_template=meta.get('chat_template'))
+    family = 'qwen3' if c.qk_norm else 'llama'
     writer = gguf.GGUFWriter(path, family)
     for name, value in facts.items():
         if value is not None:
@@ -526,7 +438,7 @@ def write_gguf(path, model, weights, meta, begin, end):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], c.n_layer)
     for name, weight in {**weights, 'model.embed_tokens.weight': table}.items():
         heads = {'q_proj': c.n_head, 'k_proj': c.n_kv_head}.get(name.split('.')[-2])
-        if family == 'llama' and heads:  # there RoPE turns neighbours, not half against half
+        if family == 'llama' and heads:  # there RoPE rotates neighbours, not half against half
             weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (rows, ...) again
         kind = stored_as if weight.dim() > 1 else kinds.F32
         numbers = gguf.quants.quantize(weight.float().numpy(), kind)
@@ -540,9 +452,9 @@ def write_gguf(path, model, weights, meta, begin, end):
 @torch.no_grad()
 def export(folder):
     """Write the model of out_dir and its tokenizer to a new folder, for Hugging Face and llama.cpp. The files
-    are made in a temporary folder, which is renamed at the end."""
+    are written to NAME.part, which is renamed at the end."""
     from safetensors.torch import save_file
-    import gguf  # here, so that what is missing is missed before anything is written
+    import gguf  # a missing package is reported before anything is written
     if folder.exists():
         raise ValueError(f'{folder} exists: choose a new folder for --to_hf')
     checkpoint = load_checkpoint(out_dir)
@@ -551,31 +463,27 @@ def export(folder):
     coder, tokenizer = Tokenizer(meta), export_tokenizer(meta)
     shape, weights = export_config(model.config), {}
     for group in split_weights(model.config, model.state_dict()).values():
-        weights.update(group)
-    end = coder.end_of_text
-    begin = meta.get('begin', end)
-    ends = coder.ends if len(coder.ends) > 1 else end
-    special = dict(bos_token_id=begin, eos_token_id=ends, pad_token_id=meta.get('pad'))
+        weights |= group
+    begin, end = meta.get('begin', coder.end_of_text), coder.end_of_text
+    special = dict(bos_token_id=begin, eos_token_id=None if end is None else coder.ends)
     tokenizer_config = dict(
         tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-        model_max_length=model.config.block_size, chat_template=meta.get('chat_template'))
-    for name, id in dict(bos_token=begin, eos_token=end, pad_token=meta.get('pad')).items():
-        tokenizer_config[name] = None if id is None else tokenizer.id_to_token(id)
+        model_max_length=model.config.block_size, chat_template=meta.get('chat_template'),
+        bos_token=None if begin is None else tokenizer.id_to_token(begin),
+        eos_token=None if end is None else tokenizer.id_to_token(end))
     files = {'config.json': {**shape, **special, 'dtype': stored}, 'generation_config.json': special,
              'tokenizer_config.json': tokenizer_config, 'tokenizer.json': json.loads(tokenizer.to_str())}
-    with tempfile.TemporaryDirectory(prefix='.export-', dir=folder.parent) as aside:
-        new = Path(aside) / 'new'
-        new.mkdir()
-        for name, facts in files.items():
-            (new / name).write_text(json.dumps(facts, indent=2), encoding='utf-8')
-        save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
-        (new / 'model.safetensors').chmod((new / 'config.json').stat().st_mode)  # it was for the owner alone
-        note(f'{folder}: a Hugging Face folder, the weights in {stored}')
-        write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
-        new.rename(folder)
+    new = folder.with_name(f'{folder.name}.part')
+    new.mkdir(exist_ok=True)
+    for name, facts in files.items():
+        (new / name).write_text(json.dumps(facts, indent=2), encoding='utf-8')
+    save_file(weights, new / 'model.safetensors', metadata={'format': 'pt'})
+    note(f'{folder}: a Hugging Face folder, the weights in {stored}')
+    write_gguf(new / 'model.gguf', model, weights, meta, begin, end)
+    new.rename(folder)
 
 # ----------------------------------------------------------------------------
-# what was asked for
+# what the flags ask for
 
 if __name__ == '__main__':
     set_up_output()
@@ -587,7 +495,6 @@ if __name__ == '__main__':
         if from_hf:
             convert(Path(from_hf))
         elif to_hf:
-            signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # which removes what was made aside
             export(Path(to_hf))
-    if not (from_hf or to_hf):
-        generate()
+        else:
+            generate()
