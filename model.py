@@ -726,6 +726,31 @@ def start_training(config, settings, saved=None):
         model.compute_dtype = getattr(torch, settings['dtype'])
     return model, make_optimizer(model, settings)
 
+def starting_point(config, given):
+    """-> what a script's settings start from, below what is given: (a checkpoint or None, where it is,
+    {setting: value} of it, or of the preset). ValueError where they contradict one another."""
+    if config['resume']:
+        if given.get('init_from') and 'RANK' not in os.environ:  # torchrun restarts with the same command
+            raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
+        source = os.path.join(config['out_dir'], 'ckpt.pt')
+        checkpoint = load_checkpoint(source)
+        base = {name: value for name, value in checkpoint['config'].items() if name in config}
+        return checkpoint, source, base | dict(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
+    if config['init_from']:
+        source = config['init_from']
+        checkpoint = load_checkpoint(source)
+        for name in ('model_preset', 'minutes'):
+            if given.get(name):
+                raise ValueError(f'--{name} is for new models: {source} has its own shape; --max_iters is the '
+                                 'length of the run')
+        base = dict(checkpoint['model_config'])
+        if not config['eval_only']:
+            base['block_size'] = min(512, base['block_size'])  # to save memory; RoPE allows it
+        return checkpoint, source, base
+    if config['model_preset']:
+        return None, '', presets[config['model_preset']] | {'vocab_size': 0}
+    return None, '', {}
+
 def check_continues(saved, source, config, meta, data_id):
     """ValueError unless a run with these settings, on the data set of meta, can continue the checkpoint that
     was loaded from source, or start from its weights."""
@@ -895,8 +920,6 @@ if __name__ == '__main__':
     tiny = dict(block_size=32, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
-        with torch.device('meta'):  # train.py counts parameters so
-            GPT(GPTConfig(**{**tiny, **options}))
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**tiny, **options}))
         check_model(model)

@@ -364,6 +364,14 @@ def ngram_bits(train, val):
         bits[n] = float(-np.log2(chance).mean())
     return {'1': bits['1'], '3': bits['3']}
 
+def judged(bits, meta):
+    """Bits per byte of the validation text, beside those of ngram_bits()"""
+    sentence = f'{bits:.2f} bits per byte of the validation text'
+    if 'ngram_bits' in meta:  # an older data set has none
+        single, triple = meta['ngram_bits'].values()
+        sentence += f'; a table of single letters needs {single:.2f}, one of three letters {triple:.2f}'
+    return sentence
+
 def write_tokens(new, coder, pieces):
     """Encode ('train' or 'val', piece), where a piece of None is a separator, into train.bin and val.bin
     -> what meta.json says of them"""

@@ -163,6 +163,8 @@ def generate():
     shown, prompt = read_start(coder)
     hardware.set_up(place, threads)
     trained = f'update {checkpoint["iter_num"]}, validation loss {checkpoint["val_loss"]:.4f}'
+    if 'val_bits_per_byte' in checkpoint:
+        trained += f', {checkpoint["val_bits_per_byte"]:.4f} bits per byte'
     if math.isnan(checkpoint['val_loss']):
         trained = 'not evaluated yet'
     note(f'{path}: {trained}; {model.n_params() / 1e6:.2f}M parameters; {precision} on '

@@ -20,7 +20,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 began = time.monotonic()  # before the slow imports: elapsed_s counts them
 
@@ -31,7 +31,7 @@ import hardware
 import prepare
 from configurator import clock, configure, plain_errors, progress
 from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
-                   load_checkpoint, make_update, presets, save_checkpoint, start_training)
+                   load_checkpoint, make_update, presets, save_checkpoint, start_training, starting_point)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
@@ -120,28 +120,13 @@ with plain_errors():
         print('no arguments: five minutes of Shakespeare, planned as by --minutes=5; settings: --help')
         config.update(minutes=5.0, offline_dataset='pydoc')
 
-    # the layer below config files and flags: a preset, or the checkpoint that is resumed or started from
-    checkpoint, source, base = None, '', {}
+    # below config files and flags: a preset, or the checkpoint that is resumed or started from
     ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
     if 'RANK' in os.environ:  # torchrun restarts with the same command, so even the first start has --resume
         if not config['resume'] and os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0':
             raise ValueError('torchrun --max_restarts needs train.py --resume, or a restart would start over')
         config['resume'] = given['resume'] = config['resume'] and os.path.exists(ckpt_path)
-    if config['resume']:
-        source, checkpoint = ckpt_path, load_checkpoint(ckpt_path)
-        base = {name: value for name, value in checkpoint['config'].items() if name in config}
-        base.update(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
-    elif config['init_from']:
-        source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
-        base = {**checkpoint['model_config']}
-        if not config['eval_only']:
-            base['block_size'] = min(512, base['block_size'])  # to save memory; RoPE allows it
-    elif config['model_preset']:
-        base = {**presets[config['model_preset']], 'vocab_size': 0}
-    if config['resume'] and given.get('init_from') and 'RANK' not in os.environ:
-        raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
-    if checkpoint and not config['resume'] and given.get('model_preset'):
-        raise ValueError(f'--model_preset is for new models: {source} has its own shape')
+    checkpoint, source, base = starting_point(config, given)
     config |= base | given
 
     # device, processes, data
@@ -150,7 +135,6 @@ with plain_errors():
     config['dtype'] = hardware.pick_dtype(config['device'], config['dtype'])
     config['threads'] = hardware.set_up(config['device'], config['threads'])
     master = rank == 0
-    say = print if master else lambda *_: None
     if master and not config['dry_run']:
         config['dataset'] = prepare.fetch(config['dataset'], config['offline_dataset'])
     updates_made = checkpoint and checkpoint['iter_num']
@@ -161,10 +145,6 @@ with plain_errors():
 
     # plan: what --minutes decides, unless it is given
     planned, planning = {}, config['minutes'] and not checkpoint and not config['eval_only']
-    if config['minutes'] and checkpoint:
-        say(f'note    --minutes plans new models: this run starts from {source}, and max_iters is its length')
-    if planning and 'max_iters' in given:
-        say(f'note    max_iters is given: the run takes as long as {config["max_iters"]} updates take')
     if planning:
         planned = hardware.from_rank_0(hardware.plan(config, len(data.train), data.meta['vocab_size']))
         planned = {name: value for name, value in planned.items() if name not in base | given}
@@ -177,8 +157,8 @@ with plain_errors():
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
-    with torch.device('meta'):
-        n_params = GPT(gpt_config).n_params()
+    one, two = (GPT(replace(gpt_config, n_layer=n)).n_params() for n in (1, 2))
+    n_params = one + (gpt_config.n_layer - 1) * (two - one)
     hardware.check_memory(config['device'], n_params)
     n_micro = hardware.set_accumulation(config, world_size)
 
@@ -206,6 +186,12 @@ with plain_errors():
         config |= length
 
 globals().update(config)  # from here on no setting changes
+
+def say(text):
+    if master:
+        progress('')
+        print(text)
+
 engine = 'compiled' if compile == 'true' else 'not compiled'
 engine += f' ({trial.not_compiled})' if trial.not_compiled else ''
 epochs = max_iters * tokens_per_update / len(data.train)
@@ -323,7 +309,7 @@ def save(path, **more):
             tokenizer=data.meta['tokenizer'], dataset_sha256=prepare.text_id(data), iter_num=step,
             tokens_seen=tokens_seen, elapsed=seconds_so_far(), val_loss=val_loss, val_step=val_step,
             best_val_loss=best_val_loss, best_step=best_step, evals_since_best=evals_since_best,
-            scaler=scaler.state_dict(), **more))
+            val_bits_per_byte=bits_per_byte(val_loss), scaler=scaler.state_dict(), **more))
 
 def save_latest():
     save(ckpt_path, optimizer=optimizers.state_dict())
@@ -393,7 +379,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
                 with configurator.watching('loss.png'):
                     folder.plot(f'{dataset}, {n_params / 1e6:.2f}M parameters: validation loss '
                                 f'{best_val_loss:.4f} at update {best_step}')
-            if master and sample_interval and step < max_iters and step // eval_interval % sample_interval == 0:
+            is_turn = sample_interval and step // eval_interval % sample_interval == 0
+            if master and is_turn and step < max_iters:
                 print_sample()
             stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
@@ -414,7 +401,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
         # log
         hurry = world_size == 1 and (signals or time.monotonic() - saved_at > SAVE_SECONDS)
         if not (hurry or step % log_interval == 0 or step % eval_interval == 0 or step == max_iters):
-            progress(f'update {step}')
+            progress(f'update {step} of {max_iters}', step / max_iters)
             if step == first_step + 1:  # the first takes longer: it may compile
                 logged_step, logged_at = step, time.monotonic()
             continue
