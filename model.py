@@ -920,6 +920,8 @@ if __name__ == '__main__':
     tiny = dict(block_size=32, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
+        with torch.device('meta'):  # train.py counts parameters so
+            GPT(GPTConfig(**{**tiny, **options}))
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**tiny, **options}))
         check_model(model)

@@ -20,7 +20,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 began = time.monotonic()  # before the slow imports: elapsed_s counts them
 
@@ -157,8 +157,8 @@ with plain_errors():
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
-    one, two = (GPT(replace(gpt_config, n_layer=n)).n_params() for n in (1, 2))
-    n_params = one + (gpt_config.n_layer - 1) * (two - one)
+    with torch.device('meta'):
+        n_params = GPT(gpt_config).n_params()
     hardware.check_memory(config['device'], n_params)
     n_micro = hardware.set_accumulation(config, world_size)
 
