@@ -3,6 +3,7 @@
     python bench.py --model_preset=small                # train.py's settings and flags, and those below
     python bench.py config/train_shakespeare.py         # that run, on its data
     python bench.py --report                            # a table for this machine, in up to ten minutes
+    python bench.py --record                            # the README's results and picture, in about an hour
 
 Medians, with the least and the most in brackets; timings are synchronized, warm-up is excluded.
 """
@@ -11,19 +12,22 @@ import signal
 
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import csv
 import itertools
 import subprocess
 import sys
+import tempfile
 import time
 from json import dumps, loads
-from statistics import median
+from statistics import mean, median
 
 import torch
 
 import hardware
 import prepare
 from configurator import configure, plain_errors, set_up_output
-from model import GPTConfig, OPTIMIZERS, config_from, make_update, presets, start_training
+from model import (GPTConfig, OPTIMIZERS, config_from, load_checkpoint, load_model, make_update, presets,
+                   start_training)
 
 # ----------------------------------------------------------------------------
 # settings, on top of train.py's. Without --dataset or a config file's, tokens are random ones.
@@ -33,8 +37,13 @@ decode_tokens = 50  # tokens drawn, after block_size / 2 that are read
 profile = False  # print the costliest operations of one update instead
 json = False  # print the figures as JSON
 report = False  # print a table of several models on this machine
+record = False  # train three Shakespeare configs with three seeds each: a table, and assets/loss.png
 # ----------------------------------------------------------------------------
 PARTS = ('data', 'forward', 'backward', 'optimizer')  # of an update
+RECORD = {  # config: its colour in the picture
+    'config/train_shakespeare_quick.py': 'C0', 'config/train_shakespeare.py': 'C1',
+    'config/train_shakespeare_best.py': 'C2'}
+A100 = 1.4697  # nanoGPT's README: the best validation loss of its shakespeare_char config
 ONE_OR_MORE = (1, 10**9)
 ALLOWED = dict(
     model_preset=('', *presets), optimizer=OPTIMIZERS, compile=('auto', 'true', 'false'),
@@ -65,6 +74,40 @@ def print_report():
               f'| {f["peak_memory"] / 2**30:.2f} | {f["decode_tokens_per_sec"]:,.0f} '
               f'| {f["bandwidth_share"]:.0%} |')
 
+def print_record():
+    """The table of three configs, each trained with three seeds, and the losses of seed 1 as a picture."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    print(f'{hardware.device_name(device)}, torch {torch.__version__}, {time.strftime("%Y-%m-%d")}\n')
+    print('| `python train.py ...` | parameters | seeds 1, 2, 3 | mean | wall time |\n|---|---|---|---|---|')
+    for path, colour in RECORD.items():
+        losses, seconds = [], []
+        for number in (1, 2, 3):
+            with tempfile.TemporaryDirectory() as out:
+                command = [sys.executable, train_script, path, f'--seed={number}', f'--out_dir={out}/run']
+                began = time.perf_counter()
+                subprocess.run([*command, f'--device={device}'], stdout=subprocess.DEVNULL, check=True)
+                seconds.append(time.perf_counter() - began)
+                state = load_checkpoint(f'{out}/run/ckpt.pt')
+                losses.append(state['val_loss'])
+                with open(f'{out}/run/log.csv', encoding='utf-8', newline='') as file:
+                    rows = list(csv.DictReader(file))
+            if number == 1:
+                for name, options in (('train_loss', dict(linewidth=0.7, alpha=0.5)),
+                                      ('val_loss', dict(marker='o', label=f'{path}, validation'))):
+                    points = [(float(row['elapsed_s']), float(row[name])) for row in rows if row[name]]
+                    axes.plot(*zip(*points), color=colour, **options)
+        n_params = load_model(state).n_params()
+        each = ', '.join(f'{loss:.3f}' for loss in losses)
+        print(f'| `{path}` | {n_params / 1e6:.2f}M | {each} | {mean(losses):.3f} '
+              f'| {min(seconds):.0f} to {max(seconds):.0f} s |')
+    axes.axhline(A100, color='grey', linestyle='--', label="nanoGPT's 10.7M-parameter model on an A100")
+    axes.set(xlabel=f'seconds on {hardware.device_name(device)}', ylabel='loss (nats per character)',
+             ylim=(1.2, 2.8), title='tiny Shakespeare (thin lines: training)')
+    axes.legend(fontsize=8)
+    figure.savefig('assets/loss.png', dpi=110)
+
 set_up_output()
 train_script = os.path.join(os.path.dirname(__file__), 'train.py')
 config, given = configure(GPTConfig, train_script, __file__, allowed=ALLOWED)
@@ -76,6 +119,9 @@ with plain_errors():
     config.update(device=device, dtype=dtype, threads=threads)
     if config['report']:
         print_report()
+        sys.exit()
+    if config['record']:
+        print_record()
         sys.exit()
     data = prepare.load_dataset(config['dataset']) if 'dataset' in given else None
     vocab_size = data.meta['vocab_size'] if data else GPTConfig.vocab_size

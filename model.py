@@ -727,29 +727,29 @@ def start_training(config, settings, saved=None):
     return model, make_optimizer(model, settings)
 
 def starting_point(config, given):
-    """-> what a script's settings start from, below what is given: (a checkpoint or None, where it is,
-    {setting: value} of it, or of the preset). ValueError where they contradict one another."""
+    """-> what a run's settings start from, below those given: (a checkpoint or None, where it is, {setting:
+    value} of it, or of the preset). ValueError where they contradict one another."""
     if config['resume']:
         if given.get('init_from') and 'RANK' not in os.environ:  # torchrun restarts with the same command
             raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
         source = os.path.join(config['out_dir'], 'ckpt.pt')
         checkpoint = load_checkpoint(source)
         base = {name: value for name, value in checkpoint['config'].items() if name in config}
-        return checkpoint, source, base | dict(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
-    if config['init_from']:
-        source = config['init_from']
-        checkpoint = load_checkpoint(source)
+        base.update(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
+    elif config['init_from']:
+        source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
         for name in ('model_preset', 'minutes'):
             if given.get(name):
-                raise ValueError(f'--{name} is for new models: {source} has its own shape; --max_iters is the '
-                                 'length of the run')
+                raise ValueError(f'--{name} is for new models: {source} has its own shape, and --max_iters is '
+                                 'the length of the run')
         base = dict(checkpoint['model_config'])
         if not config['eval_only']:
             base['block_size'] = min(512, base['block_size'])  # to save memory; RoPE allows it
-        return checkpoint, source, base
-    if config['model_preset']:
-        return None, '', presets[config['model_preset']] | {'vocab_size': 0}
-    return None, '', {}
+    else:
+        source, checkpoint, base = '', None, {}
+        if config['model_preset']:
+            base = presets[config['model_preset']] | {'vocab_size': 0}
+    return checkpoint, source, base
 
 def check_continues(saved, source, config, meta, data_id):
     """ValueError unless a run with these settings, on the data set of meta, can continue the checkpoint that
@@ -790,7 +790,7 @@ def check_model(model):
     weight, c, compute_dtype = model.embedding.weight, model.config, model.compute_dtype
     n = min(32, c.block_size)
     ids = torch.randint(c.vocab_size, (1, n), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    chunks = [1, 1, 1, n - 6, 1, 1, 1] if n > 6 else [1] * n  # as the cache reads them
+    chunks = [1, n - 3, 1, 1] if n > 3 else [1] * n  # as the cache reads them
     fast, was_training = FAST, model.training
     model.eval()
     try:

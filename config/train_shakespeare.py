@@ -13,5 +13,5 @@ batch_size = 8
 max_iters = 1100
 warmup_iters = 10
 lr_schedule = 'linear'
-eval_interval = 550
+eval_interval = 275
 eval_iters = 0

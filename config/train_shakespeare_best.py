@@ -13,5 +13,5 @@ batch_size = 8
 max_iters = 1000
 warmup_iters = 10
 lr_schedule = 'linear'
-eval_interval = 500
+eval_interval = 250
 eval_iters = 0
