@@ -1,8 +1,7 @@
 """What this machine has, and what to use: device, dtype, compile, threads, processes, memory, speed.
 
-    python hardware.py                  a table, and what train.py would use; --recommended: only the device
+    python hardware.py                  a table, and what train.py would use; --json: the same as JSON
     python hardware.py --interactive    asks, and prints the flags to use
-    python hardware.py --json           {python, torch, cores, device, dtype, no_gpu, table}
 """
 import ctypes
 import gc
@@ -10,7 +9,6 @@ import math
 import os
 import platform
 import re
-import textwrap
 import time
 from contextlib import contextmanager, suppress
 from json import dumps
@@ -20,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-json = False         # print the table as JSON
+json = False         # print {python, torch, cores, device, dtype, no_gpu, table} as JSON
 recommended = False  # print the device that train.py would use, and nothing else
 interactive = False  # choose a device and a dtype
 
@@ -32,50 +30,33 @@ PEAKS = {
 }
 READINGS = 6  # most passes over the text in a planned run; more overfit
 EVALUATION_TOKENS = 4096  # in a batch of an evaluation; more if a micro-batch is larger
-TRIAL_SECONDS = 20  # after which a trial starts no further round
-COMPILE_SECONDS = 60  # about the time that compiling takes
 
-# ----------------------------------------------------------------------------
-# devices and dtypes
-
-def torch_release():
-    """(2, 9) for 2.9.1, and for 2.9.0a0 of NVIDIA's containers, which torch itself orders before 2.9."""
-    return tuple(int(part) for part in torch.__version__.split('.')[:2])
-
-def check_version():
-    """ValueError if PyTorch is too old."""
-    if torch_release() < (2, 9):
-        raise ValueError(f'PyTorch {torch.__version__} is too old: 2.9 or later is needed')
+def version_problem():
+    """'' or, in one line, that PyTorch is too old. NVIDIA's 2.9.0a0 comes before 2.9, but after 2.9.dev0."""
+    return '' if torch.__version__ >= '2.9.dev0' else f'PyTorch {torch.__version__}: 2.9 or later is needed'
 
 def kind(device):
     return torch.device(device).type
 
-def gpu_problem():
-    """'' or, in one line, why PyTorch can't use a GPU here."""
-    gpu = torch.accelerator.current_accelerator()  # the kind this PyTorch is built for; cuda means ROCm, too
-    if gpu is None:
-        return 'this PyTorch is built for the CPU alone; pytorch.org/get-started has the others'
-    if not torch.accelerator.is_available():
-        return f'PyTorch finds no {gpu.type} device, or its driver is missing or too old'
-    if gpu.type == 'mps' and torch_release() < (2, 13):
-        # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
-        # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
-        return 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
-    built_for = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))  # NVIDIA's alone
-    if built_for and torch.cuda.get_device_capability() < divmod(min(map(int, built_for)), 10):
-        return f'the card is older than what this PyTorch is built for, sm_{", sm_".join(built_for)}'
-    return ''
-
 def devices():
-    """The devices that PyTorch can use here: the GPUs, then the CPU."""
-    if gpu_problem():
-        return ['cpu']
-    gpu = torch.accelerator.current_accelerator().type
-    return [*(f'{gpu}:{i}' for i in range(torch.accelerator.device_count())), 'cpu']
+    """(what PyTorch can use here: the GPUs, then the CPU; why there is no GPU, or '')."""
+    gpu = torch.accelerator.current_accelerator()  # the kind this PyTorch is built for; cuda means ROCm, too
+    archs = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))  # empty without an NVIDIA card
+    if gpu is None:
+        problem = 'this PyTorch is built for the CPU alone; pytorch.org/get-started has the others'
+    elif not torch.accelerator.is_available():
+        problem = f'PyTorch finds no {gpu.type} device, or its driver is missing or too old'
+    elif gpu.type == 'mps' and torch.__version__ < '2.13.dev0':  # pytorch/pytorch#195910
+        problem = 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
+    elif archs and torch.cuda.get_device_capability() < divmod(min(map(int, archs)), 10):
+        problem = f'the card is too old for this PyTorch, which is built for sm_{", sm_".join(archs)}'
+    else:
+        return [*(f'{gpu.type}:{i}' for i in range(torch.accelerator.device_count())), 'cpu'], ''
+    return ['cpu'], problem
 
 def pick_device(wish='auto'):
     """The torch device for auto, cuda, cuda:1, xpu, mps or cpu; ValueError if it isn't there."""
-    there, problem = devices(), gpu_problem()
+    there, problem = devices()
     for device in there:
         if wish in ('auto', device, kind(device)):
             return device.removesuffix(':0')
@@ -90,31 +71,30 @@ def search(pattern, path):
     return ''
 
 def dtypes(device):
-    """Those of float32, float16, bfloat16 that the hardware computes in, not those it emulates."""
-    bfloat = True
+    """The dtypes that the hardware computes in, not those it emulates; the best comes first."""
     if kind(device) == 'cpu':
         bfloat = search(r'\b(avx512_bf16|amx_bf16|bf16)\b', '/proc/cpuinfo')
-    elif kind(device) == 'xpu':
-        bfloat = torch.xpu.get_device_properties(device).has_bfloat16_conversions
-    elif torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
-        bfloat = re.match('gfx(908|90a|94|95|11|12)', torch.cuda.get_device_properties(device).gcnArchName)
-    elif kind(device) == 'cuda':  # not torch.cuda.is_bf16_supported(): it counts emulation
-        bfloat = torch.cuda.get_device_capability(device) >= (8, 0)
-    there = ['float32'] if kind(device) == 'cpu' else ['float32', 'float16']
-    return [*there, 'bfloat16'] if bfloat else there
+        return ['bfloat16', 'float32'] if bfloat else ['float32']
+    if kind(device) == 'mps':
+        return ['float32', 'bfloat16', 'float16']  # Apple's GPUs are about as fast in float32
+    card = torch.get_device_module(device).get_device_properties(device)
+    if kind(device) == 'xpu':
+        bfloat = card.has_bfloat16_conversions
+    elif torch.version.hip:  # MI100, MI200, MI300, RDNA3 and later
+        bfloat = re.match('gfx(908|90a|94|95|11|12)', card.gcnArchName)
+    else:  # not torch.cuda.is_bf16_supported(): it counts emulation
+        bfloat = card.major >= 8
+    if bfloat:
+        return ['bfloat16', 'float16', 'float32']
+    tensor_cores = kind(device) == 'cuda' and card.major >= 7
+    return ['float16', 'float32'] if tensor_cores else ['float32', 'float16']
 
 def pick_dtype(device, wish='auto'):
     """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device lacks it."""
     there = dtypes(device)
-    if wish == 'auto':
-        wish = 'float32'
-        if 'bfloat16' in there and kind(device) != 'mps':  # Apple's GPUs are about as fast in float32
-            wish = 'bfloat16'
-        elif kind(device) == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0):  # tensor cores
-            wish = 'float16'
-    if wish not in there:
+    if wish not in ('auto', *there):
         raise ValueError(f'{device} ({device_name(device)}) computes in {", ".join(there)}, not in {wish}')
-    return wish
+    return there[0] if wish == 'auto' else wish
 
 def device_name(device):
     if kind(device) in ('cuda', 'xpu'):
@@ -131,84 +111,76 @@ def cores():
     return min(count, math.ceil(int(quota) / int(period))) if quota else count
 
 def memory(device):
-    """Bytes of the device; for a CPU those of its container, if it has a limit. 0: the system doesn't say."""
+    """The bytes of a device; for a CPU at most those of its container. 0: the system doesn't say."""
     if kind(device) in ('cuda', 'xpu'):
         return torch.get_device_module(device).get_device_properties(device).total_memory
-    total = 1024 * int(search(r'MemTotal: *(\d+)', '/proc/meminfo') or 0)
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 0
     return min(total, int(search(r'^(\d+)', '/sys/fs/cgroup/memory.max') or total))
 
 def report():
     """What this machine has, in plain values; 0 GiB: the system doesn't say."""
-    device = pick_device()
+    there, no_gpu = devices()
     rows = [{'device': name, 'gib': round(memory(name) / 2**30, 1), 'dtypes': ' '.join(dtypes(name)),
-             'name': device_name(name)} for name in devices()]
+             'name': device_name(name)} for name in there]
     return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': cores(),
-            'device': device, 'dtype': pick_dtype(device), 'no_gpu': gpu_problem(), 'table': rows}
+            'device': pick_device(), 'dtype': pick_dtype(pick_device()), 'no_gpu': no_gpu, 'table': rows}
 
 def table():
     """The report for people."""
     facts = report()
-    lines = ['device  GiB     computes in               name']
-    lines += ['{device:8}{gib:<8}{dtypes:26}{name}'.format_map(row) for row in facts['table']]
+    lines = ['{device:8}{gib:6} GiB  {dtypes:26}{name}'.format_map(row) for row in facts['table']]
     if facts['no_gpu']:
-        lines.append(f'no GPU: {facts["no_gpu"]}')
+        lines.append('no GPU: {no_gpu}'.format_map(facts))
     lines.append('Python {python}, PyTorch {torch}, {cores} CPU cores'.format_map(facts))
-    lines.append('train.py would use {device} in {dtype}'.format_map(facts))
+    lines.append(version_problem() or 'train.py would use {device} in {dtype}'.format_map(facts))
     return '\n'.join(lines)
 
-# ----------------------------------------------------------------------------
-# threads, compiling, speed
-
 def set_up(device, threads=0):
-    """Set TF32 for float32 products on a GPU; on a CPU malloc, and the number of threads (0: as many as are
-    fastest now) -> the threads of torch."""
+    """Set up float32 products, malloc and CPU threads (0: as many as are fastest now) -> their number."""
     if ':' in device:
         torch.get_device_module(device).set_device(device)
-    precision = 'high'
+    torch.set_float32_matmul_precision('high')  # TF32
     if kind(device) == 'cpu':
         # 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as
         # fast; with AMX they would become bfloat16.
         flags = search(r'flags\s*: (.*)', '/proc/cpuinfo')
-        precision = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
-    torch.set_float32_matmul_precision(precision)
+        onednn = 'avx512bw' in flags and 'amx' not in flags
+        torch.set_float32_matmul_precision('medium' if onednn else 'highest')
     with suppress(OSError):  # no glibc here
         # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
         mallopt(-3, 1 << 30)  # and more for a newer one
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    torch.set_num_threads(threads or min(torch.get_num_threads(), cores()))
-    if kind(device) == 'cpu' and not threads and not dist.is_initialized():
-        pick_threads()
-    return torch.get_num_threads()
+    count = threads or min(torch.get_num_threads(), cores())
+    if kind(device) == 'cpu' and count > 1 and not threads and not dist.is_initialized():
+        count = pick_threads(count)
+    torch.set_num_threads(count)
+    return count
 
-def pick_threads():
-    """Set the number of CPU threads, all, half or one, that is fastest now, in under a second. Where another
+def pick_threads(most):
+    """Measure for a second which number of CPU threads is fastest now: all, half or one. While another
     program uses a core, threads that wait for each other can be far slower than one."""
-    most = torch.get_num_threads()
-    if most == 1:
-        return
     x = torch.randn(256, 256)  # small, like the products of a small model
-    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # made in 0.3 seconds
+    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many each number of threads makes in 0.3 seconds
     for threads in 3 * list(products):
         torch.set_num_threads(threads)
         end = time.perf_counter() + 0.1
         while time.perf_counter() < end:
             x @ x
             products[threads] += 1
-    torch.set_num_threads(max(products, key=products.get))
+    return max(products, key=products.get)
 
 def compile_problem(device):
     """'' if one tiny compiled training step works here, else why not, in one line."""
     if kind(device) == 'mps':
         return 'off on MPS'
-    x = torch.arange(4096.).view(64, 64).to(device)
-    weight = torch.ones_like(x, requires_grad=True)
+    weight = torch.ones(64, 64, device=device, requires_grad=True)
     try:
-        torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
+        torch.compile(lambda x: torch.nn.functional.gelu(x @ x))(weight).sum().backward()
         return ''
     except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
-        return textwrap.shorten(f'{type(error).__name__}: {error}', 150)
+        return ' '.join(f'{type(error).__name__}: {error}'.split())[:150]
 
 def synchronize(device):
     if kind(device) != 'cpu':
@@ -307,10 +279,9 @@ def plain_memory_errors(advice):
 
 def check_memory(device, n_params):
     """ValueError if weights, gradients and Muon's momentum alone (AdamW takes a third more) do not fit."""
-    least, total = 12 * n_params / 2**30, memory(device) / 2**30
-    if 0 < total < least:
-        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has '
-                         f'{total:.1f}: choose a smaller model')
+    need, total = 12 * n_params / 2**30, memory(device) / 2**30
+    if 0 < total < need:
+        raise ValueError(f'training takes over {need:,.1f} GiB, {device} has {total:.1f}: use a smaller model')
 
 def set_accumulation(config, world_size):
     """Set config's tokens_per_update if it is 0 -> the number of micro-batches in an update."""
@@ -318,16 +289,16 @@ def set_accumulation(config, world_size):
     n_micro, rest = divmod(config['tokens_per_update'] or micro_tokens, micro_tokens)
     if rest:
         near = max(1, n_micro) * micro_tokens
-        raise ValueError(f'tokens_per_update must be a multiple of {micro_tokens:,}, batch_size x block_size x '
-                         f'processes: choose {near:,} or {near + micro_tokens:,}')
+        raise ValueError(f'tokens_per_update {config["tokens_per_update"]:,} is not a multiple of batch_size '
+                         f'x block_size x processes: choose {near:,} or {near + micro_tokens:,}')
     config['tokens_per_update'] = n_micro * micro_tokens
     return n_micro
 
 def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
-    make_update as in model.py, sequences(n) -> x, y. A single process halves the micro-batches until they
-    fit. compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough.
-    -> batch_size and n_micro that fit, compile and why it is off (not_compiled), seconds of each update
+    make_update as in model.py, sequences(n) -> x, y. A single process halves micro-batches until they fit.
+    compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. -> the
+    batch_size and n_micro that fit, compile and why it is off (not_compiled), seconds of each update
     (all_seconds), the least of them (seconds), and seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
 
@@ -335,8 +306,7 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
         if kind(device) != 'cpu':
             torch.accelerator.reset_peak_memory_stats(device)
         try:
-            return try_updates(
-                start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
+            return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
                 raise
@@ -352,9 +322,8 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     problem = compile_problem(device) if wish == 'true' else ''
     trial = attempt(config['batch_size'], n_micro, compiled=wish == 'true' and not problem)
     if wish == 'auto':
-        saved = (0.05 if kind(device) == 'cpu' else 0.25) * run_seconds(trial.seconds)  # a rough guess
-        worth_it = saved > COMPILE_SECONDS
-        problem = compile_problem(device) if worth_it else 'that would take longer than it saves'
+        saves = run_seconds(trial.seconds) * (0.05 if kind(device) == 'cpu' else 0.25)  # seconds, roughly
+        problem = compile_problem(device) if saves > 60 else 'that takes a minute, and would save less'
         if not problem:
             compiled = attempt(trial.batch_size, trial.n_micro, compiled=True)
             if compiled.seconds <= 0.97 * trial.seconds:
@@ -370,7 +339,7 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
     x, y = sequences(tried * batch_size)
     calls = 1 if kind(device) == 'cpu' else 4  # in a round: a GPU runs several without a wait
     times = []
-    while len(times) < rounds and (len(times) < 2 or calls * sum(times) < TRIAL_SECONDS):
+    while len(times) < rounds and (len(times) < 2 or calls * sum(times) < 20):  # seconds
         times.append(timed(device, lambda: update(x, y), calls))
     all_seconds = [seconds * n_micro / tried for seconds in times[1:]]  # the first round warms up
     x_val, y_val = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
@@ -407,7 +376,6 @@ def plan_length(seconds, trial, config, given, n_train, n_val):
     batch_tokens = max(trial.batch_size, EVALUATION_TOKENS // config['block_size']) * config['block_size']
     batch_seconds = batch_tokens * trial.seconds_per_evaluated_token
     affordable = 0.05 * min(seconds, most_updates * update_seconds) / batch_seconds  # batches, in all
-
     eval_iters = given.get('eval_iters', min(25, max(5, int(affordable / 8))))
     in_val = math.ceil(n_val / batch_tokens)
     batches = min(eval_iters or in_val, in_val)  # in an evaluation; eval_iters=0 reads all

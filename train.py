@@ -200,7 +200,7 @@ with plain_errors():
     n_micro = trial.n_micro
     if planning:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
-        length = hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
+        length = hardware.plan_length(seconds, trial, config, given, len(data.train), len(data.val))
         length = {name: value for name, value in hardware.from_rank_0(length).items() if name not in given}
         planned |= length
         config |= length
