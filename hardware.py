@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from json import dumps
 from types import SimpleNamespace
@@ -224,12 +225,12 @@ def start_processes(device):
         dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(kind(device), 'gloo'))
     return rank, world_size, device
 
-def share_gradients(model, device):
+def share_gradients(model):
     """The model; with several processes its backward averages their gradients."""
     if not dist.is_initialized():
         return model
-    ids = None if device == 'cpu' else [torch.device(device)]
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has another name for broadcast_buffers
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 def mean_over_processes(numbers, device):
     """Plain numbers, or lists of them, averaged over all processes."""
@@ -281,7 +282,7 @@ def check_memory(device, n_params):
     """ValueError if weights, gradients and Muon's momentum alone (AdamW takes a third more) do not fit."""
     need, total = 12 * n_params / 2**30, memory(device) / 2**30
     if 0 < total < need:
-        raise ValueError(f'training takes over {need:,.1f} GiB, {device} has {total:.1f}: use a smaller model')
+        raise ValueError(f'this takes over {need:,.1f} GiB, {device} has {total:.1f}: use a smaller model')
 
 def set_accumulation(config, world_size):
     """Set config's tokens_per_update if it is 0 -> the number of micro-batches in an update."""
@@ -345,11 +346,11 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
     x_val, y_val = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
     model.eval()
     with torch.no_grad():
-        evaluated = timed(device, lambda: model(x_val, y_val, return_logits=False)) / x_val.numel()
-    seconds, evaluated = mean_over_processes([min(all_seconds, default=0.0), evaluated], device)
+        evaluation = min(timed(device, lambda: model(x_val, y_val, return_logits=False)) for _ in range(2))
+    means = mean_over_processes([min(all_seconds, default=0.0), evaluation / x_val.numel()], device)
     return SimpleNamespace(
         batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false', not_compiled='',
-        all_seconds=all_seconds, seconds=seconds, seconds_per_evaluated_token=evaluated)
+        all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
 
 def plan(config, n_tokens, vocab_size):
     """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten
@@ -377,8 +378,7 @@ def plan_length(seconds, trial, config, given, n_train, n_val):
     batch_seconds = batch_tokens * trial.seconds_per_evaluated_token
     affordable = 0.05 * min(seconds, most_updates * update_seconds) / batch_seconds  # batches, in all
     eval_iters = given.get('eval_iters', min(25, max(5, int(affordable / 8))))
-    in_val = math.ceil(n_val / batch_tokens)
-    batches = min(eval_iters or in_val, in_val)  # in an evaluation; eval_iters=0 reads all
+    batches = min(eval_iters or n_val, math.ceil(n_val / batch_tokens))  # in an evaluation; 0 reads all
     evaluations = min(8, max(1, int(affordable / batches)))
     left = seconds - evaluations * batches * batch_seconds - 1  # a second for the end of the run
     max_iters = min(most_updates, max(1, int(left / update_seconds)))

@@ -263,7 +263,7 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
             folder.watch_with_wandb(wandb_project, wandb_run_name, config)
 checkpoint = None  # frees its memory
 model = torch.compile(raw_model) if compile == 'true' else raw_model
-model = hardware.share_gradients(model, device)
+model = hardware.share_gradients(model)
 update = make_update(model, optimizers, n_micro, grad_clip, scaler)
 
 # sequences are numbered through the run: an update takes the next ones, however they are shared out
