@@ -1,8 +1,7 @@
 """What this machine has, and what to use: device, dtype, compile, threads, processes, memory, speed.
 
-    python hardware.py                  a table, and what train.py would use; --recommended: only the device
+    python hardware.py                  a table, and what train.py would use; --json: the same as JSON
     python hardware.py --interactive    asks, and prints the flags to use
-    python hardware.py --json           {python, torch, cores, problem, device, dtype, no_gpu, table}
 """
 import ctypes
 import gc
@@ -10,10 +9,7 @@ import math
 import os
 import platform
 import re
-import sys
-import textwrap
 import time
-import timeit
 import warnings
 from contextlib import contextmanager, suppress
 from json import dumps
@@ -23,291 +19,199 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-json = False         # print the table as JSON
+json = False         # print {python, torch, cores, device, dtype, no_gpu, table} as JSON
 recommended = False  # print the device that train.py would use, and nothing else
 interactive = False  # choose a device and a dtype
 
-# Vendors' dense TFLOP/s in bfloat16 and float16, by torch's name less 'NVIDIA '; half an MI250X is a device
+# Dense TFLOP/s in bfloat16 and float16 by the data sheets; names are torch's without 'NVIDIA '
 PEAKS = {
     'H100 80GB HBM3': 989, 'H100 PCIe': 756, 'H200': 989, 'A100-SXM4-40GB': 312, 'A100-SXM4-80GB': 312,
-    'A100-PCIE-40GB': 312, 'A100 80GB PCIe': 312, 'L40S': 362, 'L4': 121, 'A10': 125, 'GeForce RTX 4090': 165,
-    'GeForce RTX 3090': 71, 'Tesla T4': 65, 'Tesla V100-SXM2-16GB': 125, 'Tesla V100-SXM2-32GB': 125,
-    'AMD Instinct MI300X': 1307, 'AMD Instinct MI250X': 191.5,
+    'A100 80GB PCIe': 312, 'L4': 121, 'GeForce RTX 4090': 165, 'GeForce RTX 3090': 71, 'Tesla T4': 65,
+    'Tesla V100-SXM2-16GB': 125, 'AMD Instinct MI300X': 1307,
 }
-
-READINGS = 6  # of a text in a planned run; more overfit
+READINGS = 6  # most passes over the text in a planned run; more overfit
 EVALUATION_TOKENS = 4096  # in a batch of an evaluation; more if a micro-batch is larger
-TRIAL_SECONDS = 20  # a trial makes no further update after so long
-COMPILE_SECONDS = 60  # that compiling takes, about
-CGROUP = '/sys/fs/cgroup'  # Linux's limits for this container
-INSTALL = 'the Get Started page of pytorch.org has the pip line of a PyTorch for it'
-
-def torch_release():
-    """(2, 9) for 2.9.1, and for 2.9.0a0 of NVIDIA's containers, which torch itself orders before 2.9."""
-    return tuple(int(number) for number in torch.__version__.split('.')[:2])
 
 def version_problem():
-    """'' or, in one line, that Python or PyTorch is too old."""
-    if sys.version_info >= (3, 10) and torch_release() >= (2, 9):
-        return ''
-    here = f'Python {platform.python_version()}, PyTorch {torch.__version__}'
-    return f'{here}: Python 3.10 and PyTorch 2.9 or later are needed'
+    """'' or, in one line, that PyTorch is too old. NVIDIA's 2.9.0a0 comes before 2.9, but after 2.9.dev0."""
+    return '' if torch.__version__ >= '2.9.dev0' else f'PyTorch {torch.__version__}: 2.9 or later is needed'
 
 def kind(device):
     return torch.device(device).type
 
-def proc(path, field):
-    """The value of a field in a file under Linux's /proc, sizes in bytes; '' where there is none."""
-    with suppress(OSError), open(path, encoding='utf-8') as file:
-        found = re.search(rf'^(?:{field})\s*: *(.*)$', file.read(), re.MULTILINE)
-        value = found[1] if found else ''
-        return 1024 * int(value[:-3]) if value.endswith(' kB') else value
-    return ''
-
-def synchronize(device):
-    if kind(device) != 'cpu':
-        torch.accelerator.synchronize(device)
-
-def peak_memory(device):
-    """The most bytes in use since reset_peak_memory(); 0 where the system doesn't say."""
-    if kind(device) == 'cpu':
-        return proc('/proc/self/status', 'VmHWM') or 0
-    return torch.accelerator.max_memory_allocated(device)
-
-def reset_peak_memory(device):
-    if kind(device) != 'cpu':
-        torch.accelerator.reset_peak_memory_stats(device)
-    with suppress(OSError), open('/proc/self/clear_refs', 'w') as file:  # only Linux has it
-        file.write('5')
-
-def cgroup_bytes(*names):
-    """The number in the first of these files that the container has; 0: no such file, or no limit."""
-    for name in names:
-        with suppress(OSError, ValueError), open(f'{CGROUP}/{name}', encoding='utf-8') as file:
-            return int(file.read())  # ValueError: 'max', no limit
-    return 0
-
-def memory():
-    """(free, total) bytes of the system, or of the container if it has less; 0: the system doesn't say."""
-    free, total = proc('/proc/meminfo', 'MemAvailable') or 0, proc('/proc/meminfo', 'MemTotal') or 0
-    limit = cgroup_bytes('memory.max', 'memory/memory.limit_in_bytes')
-    if 0 < limit < total:
-        used = cgroup_bytes('memory.current', 'memory/memory.usage_in_bytes')
-        return min(free, limit - used), limit
-    return free, total
-
-def cores():
-    """How many CPU cores this process may use: those of its affinity, or its container's quota if less."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with suppress(OSError, ValueError), open(f'{CGROUP}/cpu.max', encoding='utf-8') as file:
-        quota, period = map(int, file.read().split())  # ValueError: 'max', no limit
-        count = min(count, math.ceil(quota / period))
-    return count
-
-def runs_on(capability, arch):
-    """Whether code for arch runs on a card: sm_80 on 8.0 to 8.9, sm_90a on 9.0 alone, compute_80 from 8.0 on,
-    sm_100f and compute_100f on 10.0 to 10.9 (CUDA Programming Guide, Compute Capabilities)."""
-    form, number, suffix = re.fullmatch(r'(sm|compute)_(\d+)([af]?)', arch).groups()
-    major, minor = divmod(int(number), 10)
-    if suffix == 'a':
-        return capability == (major, minor)
-    if form == 'compute' and not suffix:  # PTX, which the driver compiles
-        return capability >= (major, minor)
-    return capability[0] == major and capability[1] >= minor
-
-def card_problem(device):
-    """'' or why PyTorch, which is built for devices of this kind, can't use this one"""
-    if kind(device) != 'cuda' or torch.version.hip:
-        return ''
-    capability, archs = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-    usable = [arch for arch in archs if runs_on(capability, arch)]
-    if usable or not archs:
-        return ''
-    return 'compute capability %d.%d: this PyTorch is built for ' % capability + ', '.join(archs)
-
 def devices():
-    """(what PyTorch can use here, the best first and the CPU last; why there is no GPU, or '';
-    {what PyTorch can't use here: why})"""
-    gpu = torch.accelerator.current_accelerator()  # what this PyTorch is built for; cuda stands for ROCm, too
-    built, reasons = 'the CPU alone', {}
-    if gpu is not None:
-        built = 'ROCm' if torch.version.hip else gpu.type.upper()
-        if not torch.accelerator.is_available():
-            reasons[built] = f'no {gpu.type} device that PyTorch can use, or its driver is missing or too old'
-        elif gpu.type == 'mps' and torch_release() < (2, 13):
-            # In half precision causal attention sees up to three future tokens (pytorch/pytorch#195910), and
-            # before 2.11 that of short queries reads out of bounds (pytorch/pytorch#174861).
-            reasons[built] = 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
-        else:
-            names = [f'{gpu.type}:{i}' for i in range(torch.accelerator.device_count())]
-            reasons = {name: card_problem(name) for name in names}
-    there = [name for name, problem in reasons.items() if not problem]
-    missing = {name: problem for name, problem in reasons.items() if problem}
-    for name in ('CUDA', 'ROCm', 'MPS', 'XPU'):
-        if name != built:
-            missing[name] = f'this PyTorch is built for {built}'
-    no_gpu = '' if there else next(iter(missing.values()))
-    return [*there, 'cpu'], no_gpu, missing
+    """(what PyTorch can use here: the GPUs, then the CPU; why there is no GPU, or '')."""
+    gpu = torch.accelerator.current_accelerator()  # the kind this PyTorch is built for; cuda means ROCm, too
+    archs = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))  # empty without an NVIDIA card
+    if gpu is None:
+        problem = 'this PyTorch is built for the CPU alone; pytorch.org/get-started has the others'
+    elif not torch.accelerator.is_available():
+        problem = f'PyTorch finds no {gpu.type} device, or its driver is missing or too old'
+    elif gpu.type == 'mps' and torch.__version__ < '2.13.dev0':  # pytorch/pytorch#195910
+        problem = 'mps needs PyTorch 2.13 or later: attention has faults in earlier releases'
+    elif archs and torch.cuda.get_device_capability() < divmod(min(map(int, archs)), 10):
+        problem = f'the card is too old for this PyTorch, which is built for sm_{", sm_".join(archs)}'
+    else:
+        return [*(f'{gpu.type}:{i}' for i in range(torch.accelerator.device_count())), 'cpu'], ''
+    return ['cpu'], problem
 
 def pick_device(wish='auto'):
     """The torch device for auto, cuda, cuda:1, xpu, mps or cpu; ValueError if it isn't there."""
-    there, no_gpu, missing = devices()
-    fits = [device for device in there if wish in ('auto', device, kind(device))]
-    if fits:
-        return fits[0].removesuffix(':0')
-    why = no_gpu or missing.get(wish, 'not here')
-    if not re.fullmatch(r'(cpu|cuda|mps|xpu)(:\d+)?', wish):
-        why = 'unknown: the names are auto, cpu, cuda and cuda:1 (NVIDIA and AMD), mps (Apple), xpu (Intel)'
+    there, problem = devices()
+    for device in there:
+        if wish in ('auto', device, kind(device)):
+            return device.removesuffix(':0')
     flags = ' or '.join(f'--device={device}' for device in there)
-    if torch.accelerator.current_accelerator() is None:
-        flags += f'; for a GPU: {INSTALL}'
-    raise ValueError(f'device {wish}: {why}; use {flags}')
+    raise ValueError(f'there is no device {wish} here: use {flags}' + (f' ({problem})' if problem else ''))
+
+def search(pattern, path):
+    """What the pattern captures in one of Linux's files about the machine; '' without a match."""
+    with suppress(OSError), open(path, encoding='utf-8') as file:
+        found = re.search(pattern, file.read())
+        return found[1] if found else ''
+    return ''
 
 def dtypes(device):
-    """Those of float32, float16, bfloat16 that the hardware computes in, not those it emulates."""
-    bfloat = True
+    """The dtypes that the hardware computes in, not those it emulates; the best comes first."""
     if kind(device) == 'cpu':
-        bfloat = re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', proc('/proc/cpuinfo', 'flags|Features'))
-    elif kind(device) == 'xpu':
-        bfloat = torch.xpu.get_device_properties(device).has_bfloat16_conversions
-    elif torch.version.hip:  # bfloat16 units: MI100, MI200, MI300, RDNA3 and later
-        bfloat = re.match('gfx(908|90a|94|95|11|12)', torch.cuda.get_device_properties(device).gcnArchName)
-    elif kind(device) == 'cuda':  # not torch.cuda.is_bf16_supported(): it counts emulation
-        bfloat = torch.cuda.get_device_capability(device) >= (8, 0)
-    there = ['float32'] if kind(device) == 'cpu' else ['float32', 'float16']
-    return [*there, 'bfloat16'] if bfloat else there
+        bfloat = search(r'\b(avx512_bf16|amx_bf16|bf16)\b', '/proc/cpuinfo')
+        return ['bfloat16', 'float32'] if bfloat else ['float32']
+    if kind(device) == 'mps':
+        return ['float32', 'bfloat16', 'float16']  # Apple's GPUs are about as fast in float32
+    card = torch.get_device_module(device).get_device_properties(device)
+    if kind(device) == 'xpu':
+        bfloat = card.has_bfloat16_conversions
+    elif torch.version.hip:  # MI100, MI200, MI300, RDNA3 and later
+        bfloat = re.match('gfx(908|90a|94|95|11|12)', card.gcnArchName)
+    else:  # not torch.cuda.is_bf16_supported(): it counts emulation
+        bfloat = card.major >= 8
+    if bfloat:
+        return ['bfloat16', 'float16', 'float32']
+    tensor_cores = kind(device) == 'cuda' and card.major >= 7
+    return ['float16', 'float32'] if tensor_cores else ['float32', 'float16']
 
 def pick_dtype(device, wish='auto'):
     """bfloat16, float16 (which needs a GradScaler) or float32; ValueError if the device lacks it."""
     there = dtypes(device)
-    if wish == 'auto':
-        wish = 'float32'
-        if 'bfloat16' in there and kind(device) != 'mps':  # Apple's GPUs are about as fast in float32
-            wish = 'bfloat16'
-        elif kind(device) == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0):  # tensor cores
-            wish = 'float16'
-    if wish not in there:
-        name = device_name(device)
-        raise ValueError(f'dtype {wish}: {device} ({name}) computes only in {", ".join(there)}')
-    return wish
-
-def set_up(device, threads=0):
-    """TF32 for float32 products on a GPU; on the CPU malloc, and the number of threads (0: as many as are
-    fastest now) -> the threads of torch."""
-    if ':' in device:
-        torch.get_device_module(device).set_device(device)
-    precision = 'high'
-    if kind(device) == 'cpu':
-        # 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as
-        # fast; with AMX they would become bfloat16.
-        flags = proc('/proc/cpuinfo', 'flags')
-        precision = 'medium' if 'avx512bw' in flags and 'amx' not in flags else 'highest'
-    torch.set_float32_matmul_precision(precision)
-    with suppress(OSError):  # where there is no glibc
-        # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
-        mallopt = ctypes.CDLL('libc.so.6').mallopt
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
-        mallopt(-3, 1 << 30)  # and more where it is newer
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    torch.set_num_threads(threads or min(torch.get_num_threads(), cores()))
-    if kind(device) == 'cpu' and not threads and not dist.is_initialized():
-        pick_threads()
-    return torch.get_num_threads()
-
-def pick_threads():
-    """Set the number of CPU threads, all, half or one, that is fastest now, in under a second. Where another
-    program has a core, threads that wait for each other can be far slower than one."""
-    most = torch.get_num_threads()
-    if most == 1:
-        return
-    x = torch.randn(256, 256)  # small, as the products of a small model are
-    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many in three tenths of a second
-    for threads in 3 * list(products):
-        torch.set_num_threads(threads)
-        end = time.perf_counter() + 0.1
-        while time.perf_counter() < end:
-            x @ x
-            products[threads] += 1
-    torch.set_num_threads(max(products, key=products.get))
-
-def compile_problem(device):
-    """'' when one tiny compiled training step works here, else why not, in one line."""
-    if kind(device) == 'mps':
-        return 'off on MPS'
-    x = torch.arange(4096.).view(64, 64).to(device)
-    weight = torch.ones_like(x, requires_grad=True)
-    try:
-        torch.compile(lambda x: torch.nn.functional.gelu(x @ weight))(x).sum().backward()
-        return ''
-    except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
-        return textwrap.shorten(f'{type(error).__name__}: {error}', 150)
+    if wish not in ('auto', *there):
+        raise ValueError(f'{device} ({device_name(device)}) computes in {", ".join(there)}, not in {wish}')
+    return there[0] if wish == 'auto' else wish
 
 def device_name(device):
     if kind(device) in ('cuda', 'xpu'):
         return torch.get_device_module(device).get_device_name(device)
     if kind(device) == 'mps':
         return 'Apple GPU'
-    name = proc('/proc/cpuinfo', 'model name') or platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f'{name}, {threads} thread{"" if threads == 1 else "s"}'
+    name = search(r'model name\s*: (.*)', '/proc/cpuinfo') or platform.processor() or platform.machine()
+    return f'{name}, threads: {torch.get_num_threads()}'
 
-def peak_flops(device, dtype):
-    """(FLOP/s, where from): the vendor's figure, or for float32 and unknown devices a measured one."""
-    teraflops = PEAKS.get(device_name(device).removeprefix('NVIDIA '), 0)
-    if teraflops and dtype != 'float32':
-        return 1e12 * teraflops, 'vendor'
-    return measure_flops(device, dtype), 'measured: a large matrix product'
+def cores():
+    """The number of CPU cores that this process may use, by its affinity and its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    quota, _, period = search(r'^(\d+ \d+)', '/sys/fs/cgroup/cpu.max').partition(' ')  # microseconds
+    return min(count, math.ceil(int(quota) / int(period))) if quota else count
 
-def fastest(device, work):
-    """Seconds, the least of twelve tries."""
-    return min(timeit.repeat(lambda: (work(), synchronize(device)), number=1, repeat=12))
+def memory(device):
+    """The bytes of a device; for a CPU at most those of its container. 0: the system doesn't say."""
+    if kind(device) in ('cuda', 'xpu'):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 0
+    return min(total, int(search(r'^(\d+)', '/sys/fs/cgroup/memory.max') or total))
+
+def report():
+    """What this machine has, in plain values; 0 GiB: the system doesn't say."""
+    there, no_gpu = devices()
+    rows = [{'device': name, 'gib': round(memory(name) / 2**30, 1), 'dtypes': ' '.join(dtypes(name)),
+             'name': device_name(name)} for name in there]
+    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': cores(),
+            'device': pick_device(), 'dtype': pick_dtype(pick_device()), 'no_gpu': no_gpu, 'table': rows}
+
+def table():
+    """The report for people."""
+    facts = report()
+    lines = ['{device:8}{gib:6} GiB  {dtypes:26}{name}'.format_map(row) for row in facts['table']]
+    if facts['no_gpu']:
+        lines.append('no GPU: {no_gpu}'.format_map(facts))
+    lines.append('Python {python}, PyTorch {torch}, {cores} CPU cores'.format_map(facts))
+    lines.append(version_problem() or 'train.py would use {device} in {dtype}'.format_map(facts))
+    return '\n'.join(lines)
+
+def set_up(device, threads=0):
+    """Set up float32 products, malloc and CPU threads (0: as many as are fastest now) -> their number."""
+    if ':' in device:
+        torch.get_device_module(device).set_device(device)
+    torch.set_float32_matmul_precision('high')  # TF32
+    if kind(device) == 'cpu':
+        # 'medium' hands float32 products to oneDNN: with AVX-512 as exact as MKL's and, on AMD, twice as
+        # fast; with AMX they would become bfloat16.
+        flags = search(r'flags\s*: (.*)', '/proc/cpuinfo')
+        onednn = 'avx512bw' in flags and 'amx' not in flags
+        torch.set_float32_matmul_precision('medium' if onednn else 'highest')
+    with suppress(OSError):  # no glibc here
+        # Keeping freed tensors saves faulting their pages in again: 6 % of a step at 1.6M parameters.
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
+        mallopt(-3, 1 << 30)  # and more for a newer one
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    count = threads or min(torch.get_num_threads(), cores())
+    if kind(device) == 'cpu' and count > 1 and not threads and not dist.is_initialized():
+        count = pick_threads(count)
+    torch.set_num_threads(count)
+    return count
+
+def pick_threads(most):
+    """Measure for a second which number of CPU threads is fastest now: all, half or one. While another
+    program uses a core, threads that wait for each other can be far slower than one."""
+    x = torch.randn(256, 256)  # small, like the products of a small model
+    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many each number of threads makes in 0.3 seconds
+    for threads in 3 * list(products):
+        torch.set_num_threads(threads)
+        end = time.perf_counter() + 0.1
+        while time.perf_counter() < end:
+            x @ x
+            products[threads] += 1
+    return max(products, key=products.get)
+
+def compile_problem(device):
+    """'' if one tiny compiled training step works here, else why not, in one line."""
+    if kind(device) == 'mps':
+        return 'off on MPS'
+    weight = torch.ones(64, 64, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: torch.nn.functional.gelu(x @ x))(weight).sum().backward()
+        return ''
+    except Exception as error:  # it can be anything: no compiler, no Triton, an old card, a new Python
+        return ' '.join(f'{type(error).__name__}: {error}'.split())[:150]
+
+def synchronize(device):
+    if kind(device) != 'cpu':
+        torch.accelerator.synchronize(device)
+
+def timed(device, work, calls=1):
+    """The seconds that a call of work takes."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - begin) / calls
 
 def measure_flops(device, dtype):
     """FLOP/s of a large matrix product of random numbers."""
     n = {'cpu': 512, 'mps': 4096}.get(kind(device), 8192)
     x = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-    return 2 * n ** 3 / fastest(device, lambda: x @ x)
+    return 2 * n**3 / min(timed(device, lambda: x @ x) for _ in range(12))
 
 def measure_bandwidth(device):
     """Bytes/s of reading a tensor much larger than the caches."""
-    x = torch.ones((64 if kind(device) == 'cpu' else 256) * 2 ** 20, device=device)
-    return x.nbytes / fastest(device, x.sum)
+    x = torch.ones((64 if kind(device) == 'cpu' else 256) * 2**20, device=device)
+    return x.nbytes / min(timed(device, x.sum) for _ in range(12))
 
-def describe(device):
-    """What a device is, in plain values; memory of 0: the system doesn't say."""
-    free, total = memory()
-    if kind(device) in ('cuda', 'xpu'):
-        free, total = torch.get_device_module(device).mem_get_info(device)
-    return {'device': device, 'name': device_name(device), 'dtypes': ' '.join(dtypes(device)),
-            'memory_gib': round(total / 2 ** 30, 1), 'free_gib': round(free / 2 ** 30, 1)}
-
-def report():
-    there, no_gpu, _ = devices()
-    device = pick_device()
-    return {'python': platform.python_version(), 'torch': str(torch.__version__), 'cores': cores(),
-            'problem': version_problem(), 'device': device, 'dtype': pick_dtype(device), 'no_gpu': no_gpu,
-            'table': [describe(device) for device in there]}
-
-def table():
-    """The report for people, at most 100 columns wide; on a terminal devices are green, missing ones grey."""
-    facts = report()
-    _, _, missing = devices()
-    green, grey, plain = '', '', ''
-    if sys.stdout.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and not os.environ.get('NO_COLOR'):
-        green, grey, plain = '\033[32m', '\033[90m', '\033[0m'
-    lines = ['device  free memory    computes in              name (compute capability)', '-' * 100]
-    for row in facts['table']:
-        memory = f'{row["free_gib"]:.0f} of {row["memory_gib"]:.0f} GiB' if row['memory_gib'] else 'unknown'
-        line = f'{row["device"]:8}{memory:15}{row["dtypes"]:25}{row["name"]}'
-        if kind(row['device']) == 'cuda':
-            line += ' (%d.%d)' % torch.cuda.get_device_capability(row['device'])
-        lines.append(f'{green}{line[:100]}{plain}')
-    for device, problem in missing.items():
-        line = textwrap.fill(f'{device:8}{problem}', 100, subsequent_indent=' ' * 8)
-        lines.append(f'{grey}{line}{plain}')
-    advice = f'train.py would use {facts["device"]} (the first available) in {facts["dtype"]}'
-    versions = f'Python {facts["python"]}, PyTorch {facts["torch"]}, {facts["cores"]} CPU cores'
-    return '\n'.join([*lines, '', versions, facts['problem'] or advice])
+def peak_flops(device, dtype):
+    """(FLOP/s, their source): the vendor's figure; for float32 and unknown devices a measured one."""
+    teraflops = PEAKS.get(device_name(device).removeprefix('NVIDIA '))
+    if teraflops and dtype != 'float32':
+        return 1e12 * teraflops, 'vendor'
+    return measure_flops(device, dtype), 'measured: a large matrix product'
 
 # ----------------------------------------------------------------------------
 # several processes, as torchrun starts them
@@ -315,24 +219,18 @@ def table():
 def start_processes(device):
     """Join the processes that torchrun started -> (rank, how many, the device of this one)."""
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world_size == 1:
-        return 0, 1, device
-    if device == 'mps':
-        if rank == 0:
-            print('device  several processes cannot share an Apple GPU: training on the CPU')
-        device = 'cpu'
-    if device in ('cuda', 'xpu'):
-        device = pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
-    warnings.simplefilter('ignore', FutureWarning)  # of names that torch 2.9 does not have
-    dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(kind(device), 'gloo'))
+    if world_size > 1:
+        if device in ('cuda', 'xpu', 'mps'):
+            device = pick_device(f'{device}:{os.environ["LOCAL_RANK"]}')
+        dist.init_process_group({'cuda': 'nccl', 'xpu': 'xccl'}.get(kind(device), 'gloo'))
     return rank, world_size, device
 
-def share_gradients(model, device):
-    """The model, whose backward averages the gradients of all processes if there are several."""
+def share_gradients(model):
+    """The model; with several processes its backward averages their gradients."""
     if not dist.is_initialized():
         return model
-    ids = None if device == 'cpu' else [torch.device(device)]
-    return DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    warnings.simplefilter('ignore', FutureWarning)  # torch 2.13 has another name for broadcast_buffers
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 def mean_over_processes(numbers, device):
     """Plain numbers, or lists of them, averaged over all processes."""
@@ -350,7 +248,7 @@ def from_rank_0(value):
     return values[0]
 
 def end_processes():
-    """Leave the other processes. What still holds their group would abort Python's exit now and then."""
+    """Leave the process group. Objects that still hold it would sometimes abort Python's exit."""
     if dist.is_initialized():
         gc.unfreeze()
         gc.collect()
@@ -359,8 +257,14 @@ def end_processes():
 # ----------------------------------------------------------------------------
 # what fits, and how long it takes
 
+def peak_memory(device):
+    """The most bytes in use: of a GPU since the last trial began, else of the process; 0: unknown."""
+    if kind(device) == 'cpu':
+        return 1024 * int(search(r'VmHWM:\s*(\d+)', '/proc/self/status') or 0)
+    return torch.accelerator.max_memory_allocated(device)
+
 def out_of_memory(error):
-    """Whether it says so, in whatever words the device has for it."""
+    """Whether the error says so, in whatever words the device has for it."""
     words = "MemoryError|out of memory|can't allocate|ALLOC_FAILED"
     return bool(re.search(words, f'{type(error).__name__}: {error}'))
 
@@ -374,46 +278,59 @@ def plain_memory_errors(advice):
             raise
         raise ValueError(f'out of memory ({str(error)[:200]}): {advice}') from None
 
+def check_memory(device, n_params):
+    """ValueError if weights, gradients and Muon's momentum alone (AdamW takes a third more) do not fit."""
+    need, total = 12 * n_params / 2**30, memory(device) / 2**30
+    if 0 < total < need:
+        raise ValueError(f'this takes over {need:,.1f} GiB, {device} has {total:.1f}: use a smaller model')
+
+def set_accumulation(config, world_size):
+    """Set config's tokens_per_update if it is 0 -> the number of micro-batches in an update."""
+    micro_tokens = config['batch_size'] * config['block_size'] * world_size
+    n_micro, rest = divmod(config['tokens_per_update'] or micro_tokens, micro_tokens)
+    if rest:
+        near = max(1, n_micro) * micro_tokens
+        raise ValueError(f'tokens_per_update {config["tokens_per_update"]:,} is not a multiple of batch_size '
+                         f'x block_size x processes: choose {near:,} or {near + micro_tokens:,}')
+    config['tokens_per_update'] = n_micro * micro_tokens
+    return n_micro
+
 def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
-    make_update as in model.py, sequences(n) -> x, y. In a single process the micro-batches are halved where
-    memory runs out. With compile=auto compiled updates, which take a minute to start, are tried as well if
-    they can save more than that in a run of run_seconds(seconds of an update).
-    -> what fits (batch_size, n_micro), compile and why it is off (not_compiled), seconds of each update
+    make_update as in model.py, sequences(n) -> x, y. A single process halves micro-batches until they fit.
+    compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. -> the
+    batch_size and n_micro that fit, compile and why it is off (not_compiled), seconds of each update
     (all_seconds), the least of them (seconds), and seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
 
-    def try_sizes(batch_size, n_micro, compiled):
-        while True:
-            reset_peak_memory(device)
-            found = None
-            try:
-                found = try_updates(
-                    start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
-            except (RuntimeError, MemoryError) as error:
-                if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
-                    raise
+    def attempt(batch_size, n_micro, compiled):
+        if kind(device) != 'cpu':
+            torch.accelerator.reset_peak_memory_stats(device)
+        try:
+            return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
+                raise
+        finally:
             gc.collect()  # frees the model, parts of which live in cycles
             if kind(device) != 'cpu':
                 torch.accelerator.empty_cache()
-            if found:
-                return found
-            smaller = batch_size // 2 if batch_size % 2 == 0 else 1
-            n_micro, batch_size = n_micro * batch_size // smaller, smaller
-            print(f'out of memory: {n_micro} micro-batches of {batch_size} sequences make the same update')
+        smaller = batch_size // 2 if batch_size % 2 == 0 else 1
+        n_micro = n_micro * batch_size // smaller
+        print(f'out of memory: {n_micro} micro-batches of {smaller} sequences make the same update')
+        return attempt(smaller, n_micro, compiled)
 
-    why_not = compile_problem(device) if wish == 'true' else ''
-    trial = try_sizes(config['batch_size'], n_micro, compiled=wish == 'true' and not why_not)
+    problem = compile_problem(device) if wish == 'true' else ''
+    trial = attempt(config['batch_size'], n_micro, compiled=wish == 'true' and not problem)
     if wish == 'auto':
-        hoped = 0.05 if kind(device) == 'cpu' else 0.25  # share of the time that compiling saves
-        why_not = 'that would take longer than it saves'
-        if hoped * run_seconds(trial.seconds) > COMPILE_SECONDS:
-            why_not = compile_problem(device)
-            compiled = try_sizes(trial.batch_size, trial.n_micro, compiled=True) if not why_not else trial
-            if not why_not and compiled.seconds > 0.97 * trial.seconds:
-                why_not = f'compiled updates take {compiled.seconds / trial.seconds:.0%} of the time'
-            trial = trial if why_not else compiled
-    trial.not_compiled = why_not
+        saves = run_seconds(trial.seconds) * (0.05 if kind(device) == 'cpu' else 0.25)  # seconds, roughly
+        problem = compile_problem(device) if saves > 60 else 'that takes a minute, and would save less'
+        if not problem:
+            compiled = attempt(trial.batch_size, trial.n_micro, compiled=True)
+            if compiled.seconds <= 0.97 * trial.seconds:
+                return compiled
+            problem = f'compiled updates take {compiled.seconds / trial.seconds:.0%} of the time'
+    trial.not_compiled = problem
     return trial
 
 def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
@@ -421,75 +338,51 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
     tried = min(n_micro, 2)  # more micro-batches take no more memory
     update = make_update(torch.compile(model) if compiled else model, optimizer, tried)
     x, y = sequences(tried * batch_size)
-    warm_up, together = (1, 1) if kind(device) == 'cpu' else (4, 4)  # a GPU runs several without a wait
-    all_seconds, began = [], time.perf_counter()
-    for number in range(rounds):
-        if number > 1 and time.perf_counter() - began > TRIAL_SECONDS:
-            break
-        begin, updates = time.perf_counter(), together if number > 0 else warm_up
-        for _ in range(updates):
-            update(x, y)
-        synchronize(device)
-        all_seconds.append((time.perf_counter() - begin) * n_micro / tried / updates)
-    all_seconds = all_seconds[1:] or all_seconds  # the first round warms up
-    x, y = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
+    calls = 1 if kind(device) == 'cpu' else 4  # in a round: a GPU runs several without a wait
+    times = []
+    while len(times) < rounds and (len(times) < 2 or calls * sum(times) < 20):  # seconds
+        times.append(timed(device, lambda: update(x, y), calls))
+    all_seconds = [seconds * n_micro / tried for seconds in times[1:]]  # the first round warms up
+    x_val, y_val = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
     model.eval()
-    begin = time.perf_counter()
     with torch.no_grad():
-        model(x, y, return_logits=False)
-    synchronize(device)
-    evaluated_token = (time.perf_counter() - begin) / x.numel()
-    least, evaluated_token = mean_over_processes([min(all_seconds, default=0.0), evaluated_token], device)
+        evaluation = min(timed(device, lambda: model(x_val, y_val, return_logits=False)) for _ in range(2))
+    means = mean_over_processes([min(all_seconds, default=0.0), evaluation / x_val.numel()], device)
     return SimpleNamespace(
-        batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false',
-        all_seconds=all_seconds, seconds=least, seconds_per_evaluated_token=evaluated_token)
-
-def set_accumulation(config, world_size):
-    """Set config's tokens_per_update, if it is 0 -> the number of micro-batches in an update. ValueError if
-    they do not divide it."""
-    micro_tokens = config['batch_size'] * config['block_size'] * world_size
-    wanted = config['tokens_per_update'] or micro_tokens
-    if wanted % micro_tokens:
-        near = max(1, wanted // micro_tokens) * micro_tokens
-        raise ValueError(f'tokens_per_update {wanted:,} is not a multiple of {micro_tokens:,} (batch_size '
-                         f'{config["batch_size"]} x block_size {config["block_size"]} x processes '
-                         f'{world_size}): choose {near:,} or {near + micro_tokens:,}')
-    config['tokens_per_update'] = wanted
-    return wanted // micro_tokens
-
-def check_memory(device, n_params):
-    """ValueError where weights, gradients and Muon's momentum alone (AdamW takes a third more) do not fit."""
-    least, there = 12 * n_params / 2**30, describe(device)['memory_gib']
-    if 0 < there < least:
-        raise ValueError(f'weights, gradients and optimizer take at least {least:,.1f} GiB, {device} has '
-                         f'{there}: choose a smaller model')
+        batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false', not_compiled='',
+        all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
 
 def plan(config, n_tokens, vocab_size):
     """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten
     minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
     no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
     operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
-    n_params = min((operations / 6) ** 0.5, READINGS * n_tokens)
+    n_params = min((operations / 6)**0.5, READINGS * n_tokens)
     n_layer = 2
-    while 12 * n_layer * (64 * n_layer) ** 2 + vocab_size * 64 * n_layer < n_params:
+    while 12 * n_layer * (64 * n_layer)**2 + vocab_size * 64 * n_layer < n_params:
         n_layer += 2
     # 11 n_layer n_embd^2 + vocab_size n_embd = n_params
-    n_embd = ((vocab_size**2 + 44 * n_layer * n_params) ** 0.5 - vocab_size) / (22 * n_layer)
+    n_embd = ((vocab_size**2 + 44 * n_layer * n_params)**0.5 - vocab_size) / (22 * n_layer)
     n_head = max(2, round(n_embd / 64))
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
         block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
-        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10, eval_iters=25)
+        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10)
 
-def plan_length(seconds, trial, config, n_train, n_val):
-    """max_iters and eval_interval for the seconds that are left, in at most READINGS passes over the text."""
-    evaluations = max(1, min(4, int(config['minutes'])))
-    rows = max(trial.batch_size, EVALUATION_TOKENS // config['block_size'])
-    tokens = min(n_val, (config['eval_iters'] or n_val) * rows * config['block_size'])  # in an evaluation
-    left = seconds - evaluations * tokens * trial.seconds_per_evaluated_token - 1
-    affordable = int(left / (1.07 * trial.seconds))  # what the loop adds to a trial
-    max_iters = max(1, min(affordable, READINGS * n_train // config['tokens_per_update']))
-    return dict(max_iters=max_iters, eval_interval=math.ceil(max_iters / evaluations))
+def plan_length(seconds, trial, config, given, n_train, n_val):
+    """max_iters, eval_interval and eval_iters for the seconds that are left: at most READINGS passes over the
+    text, and up to eight evaluations of 5 to 25 batches (or the given eval_iters) in 5 % of the time."""
+    update_seconds = 1.07 * trial.seconds  # the loop adds 7 % to a trial's updates
+    most_updates = max(1, READINGS * n_train // config['tokens_per_update'])
+    batch_tokens = max(trial.batch_size, EVALUATION_TOKENS // config['block_size']) * config['block_size']
+    batch_seconds = batch_tokens * trial.seconds_per_evaluated_token
+    affordable = 0.05 * min(seconds, most_updates * update_seconds) / batch_seconds  # batches, in all
+    eval_iters = given.get('eval_iters', min(25, max(5, int(affordable / 8))))
+    batches = min(eval_iters or n_val, math.ceil(n_val / batch_tokens))  # in an evaluation; 0 reads all
+    evaluations = min(8, max(1, int(affordable / batches)))
+    left = seconds - evaluations * batches * batch_seconds - 1  # a second for the end of the run
+    max_iters = min(most_updates, max(1, int(left / update_seconds)))
+    return dict(max_iters=max_iters, eval_interval=math.ceil(max_iters / evaluations), eval_iters=eval_iters)
 
 if __name__ == '__main__':
     from configurator import ask, configure, set_up_output

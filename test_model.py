@@ -191,15 +191,14 @@ def test_progress_is_a_line_that_fits_the_terminal_and_is_erased(monkeypatch, ca
 @pytest.fixture
 def machine(monkeypatch):
     """machine('cuda', capability=(9, 0), ...): torch finds this GPU, whatever is here."""
-    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=('compute_50',), flags='', version='2.13.0',
-             works=True):
-        facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True)
+    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=(), flags='', version='2.13.0', works=True):
+        facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True, major=capability[0])
         card = dict(get_device_properties=facts, get_device_capability=capability, get_arch_list=archs)
         there = torch.device(gpu) if gpu else None
         accelerator = dict(current_accelerator=there, is_available=works, device_count=1)
         monkeypatch.setattr(torch, 'version', SimpleNamespace(hip=hip, cuda=not hip))
         monkeypatch.setattr(torch, '__version__', type(torch.__version__)(version))
-        monkeypatch.setattr(hardware, 'proc', lambda path, field: flags)
+        monkeypatch.setattr(hardware, 'open', lambda path, encoding: io.StringIO(flags), raising=False)
         for api, answers in (torch.cuda, card), (torch.xpu, card), (torch.accelerator, accelerator):
             for query, answer in answers.items():
                 monkeypatch.setattr(api, query, lambda device=None, answer=answer: answer, raising=False)
@@ -222,37 +221,76 @@ def test_auto_takes_the_best_device_and_only_a_real_dtype(machine, facts, device
     machine(**facts)
     assert (hardware.pick_device(), hardware.pick_dtype(device)) == (device, dtype)
 
-@pytest.mark.parametrize('capability, archs, runs', [
-    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((12, 0), 'sm_90', False),
-    ((12, 0), 'compute_90', True), ((10, 0), 'compute_90a', False), ((10, 3), 'sm_100f', True)])
-def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability, archs, runs):
-    """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities."""
-    machine(gpu='cuda', capability=capability, archs=[archs])
-    assert hardware.pick_device() == ('cuda' if runs else 'cpu')
-    if not runs:
-        says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, archs)
-        assert says in refusal(hardware.pick_device, 'cuda') and says in hardware.table()
+@pytest.mark.parametrize('capability, device', [((6, 1), 'cpu'), ((7, 5), 'cuda'), ((12, 1), 'cuda')])
+def test_a_card_older_than_what_this_pytorch_is_built_for_is_not_used(machine, capability, device):
+    machine(gpu='cuda', capability=capability, archs=['sm_75', 'sm_120', 'compute_120'])
+    assert hardware.pick_device() == device
+    if device == 'cpu':
+        assert 'sm_75, sm_120' in refusal(hardware.pick_device, 'cuda') and 'sm_75' in hardware.table()
 
-@pytest.mark.parametrize('limit, used', [
-    ('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')])
-def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, used):
-    for name, value in {limit: 4 * 2**30, used: 2**30, 'cpu.max': '150000 100000'}.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(f'{value}\n')
-    system = {'MemAvailable': 6 * 2**30, 'MemTotal': 8 * 2**30}
-    monkeypatch.setattr(hardware, 'CGROUP', empty)
-    monkeypatch.setattr(hardware, 'proc', lambda path, field: system.get(field, ''))
+@pytest.mark.parametrize('facts, says', [
+    (dict(gpu='cuda'), 'use --device=cuda:0 or --device=cpu'), (dict(), 'use --device=cpu .*pytorch.org')])
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(machine, facts, says):
+    machine(**facts)
+    assert re.search(f'no device cuda:3 here: {says}', refusal(hardware.pick_device, 'cuda:3'))
+
+@pytest.mark.parametrize('quota, limit, cores, gib', [('150000', 4 * 2**30, 2, 4), ('max', 'max', 4, 8)])
+def test_memory_and_cores_are_at_most_those_of_the_container(monkeypatch, quota, limit, cores, gib):
+    files = {'cpu.max': f'{quota} 100000\n', 'memory.max': f'{limit}\n'}
+    read = lambda path, encoding: io.StringIO(files[path.removeprefix('/sys/fs/cgroup/')])
+    monkeypatch.setattr(hardware, 'open', read, raising=False)
+    sizes = {'SC_PAGE_SIZE': 2**12, 'SC_PHYS_PAGES': 2**21}
+    monkeypatch.setattr(os, 'sysconf', sizes.__getitem__, raising=False)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
-    assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
+    assert (hardware.cores(), hardware.memory('cpu')) == (cores, gib * 2**30)
 
 @pytest.mark.parametrize('version, too_old', [('2.9.0a0+145a3a7bda.nv25.10', False), ('2.8.1', True)])
 def test_only_the_release_number_of_pytorch_counts(machine, version, too_old):
     machine(version=version)
-    assert ('PyTorch 2.9 or later' in hardware.version_problem()) == too_old
+    assert bool(hardware.version_problem()) == too_old
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, 'compile', failing(RuntimeError, 'no compiler\nhere'))
     assert hardware.compile_problem('cpu') == 'RuntimeError: no compiler here'
+
+@pytest.mark.parametrize('wish, minutes, seconds, problem, says', [
+    ('auto', 60, 0.5, '', ''),
+    ('auto', 10, 0.5, '', 'takes a minute'),
+    ('auto', 60, 0.98, '', '98% of the time'),
+    ('auto', 60, 0.5, 'no compiler', 'no compiler'),
+    ('true', 0, 1.5, '', ''),
+    ('true', 0, 0.5, 'no compiler', 'no compiler'),
+])
+def test_updates_are_compiled_if_that_works_and_pays(monkeypatch, wish, minutes, seconds, problem, says):
+    def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
+        return SimpleNamespace(batch_size=8, n_micro=1, compiled=compiled, not_compiled='',
+                               seconds=seconds if compiled else 1.0)
+
+    monkeypatch.setattr(hardware, 'try_updates', try_updates)
+    monkeypatch.setattr(hardware, 'compile_problem', lambda device: problem)
+    config = dict(device='cpu', compile=wish, batch_size=8)
+    trial = hardware.fit(None, None, None, config, 1, lambda seconds: 60 * minutes * seconds)
+    assert trial.compiled == (not says) and says in trial.not_compiled
+
+@pytest.mark.parametrize('seconds, n_train, n_val, given, evaluations, eval_iters', [
+    (1000, 10**9, 10**6, {}, 8, 25),
+    (100, 10**9, 10**6, {}, 8, 6),
+    (50, 10**9, 10**6, {}, 5, 5),
+    (5, 10**9, 10**6, {}, 1, 5),
+    (50, 10**9, 8000, {}, 8, 5),  # validation has only two batches
+    (1000, 50 * 4096, 10**6, {}, 3, 5),  # six passes over the text take 32 seconds
+    (100, 10**9, 10**6, dict(eval_iters=20), 2, 20),
+    (100, 10**9, 40000, dict(eval_iters=0), 5, 0),  # all ten batches
+])
+def test_a_planned_run_evaluates_up_to_eight_times_in_5_percent_of_its_time(
+        seconds, n_train, n_val, given, evaluations, eval_iters):
+    trial = SimpleNamespace(batch_size=16, seconds=0.1, seconds_per_evaluated_token=0.1 / 4096)
+    config = dict(block_size=256, tokens_per_update=4096)
+    length = hardware.plan_length(seconds, trial, config, given, n_train, n_val)
+    batches = evaluations * min(eval_iters or 10, -(-n_val // 4096))
+    max_iters = min(6 * n_train // 4096, int((seconds - 1 - 0.1 * batches) / 0.107))
+    assert length == dict(
+        max_iters=max_iters, eval_interval=math.ceil(max_iters / evaluations), eval_iters=eval_iters)
 
 # ----------------------------------------------------------------------------
 # data

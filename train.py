@@ -180,7 +180,7 @@ with plain_errors():
     n_micro = trial.n_micro
     if planning:
         seconds = 60 * config['minutes'] - (time.monotonic() - began)
-        length = hardware.plan_length(seconds, trial, config, len(data.train), len(data.val))
+        length = hardware.plan_length(seconds, trial, config, given, len(data.train), len(data.val))
         length = {name: value for name, value in hardware.from_rank_0(length).items() if name not in given}
         planned |= length
         config |= length
@@ -249,7 +249,7 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
             folder.watch_with_wandb(wandb_project, wandb_run_name, config)
 checkpoint = None  # frees its memory
 model = torch.compile(raw_model) if compile == 'true' else raw_model
-model = hardware.share_gradients(model, device)
+model = hardware.share_gradients(model)
 update = make_update(model, optimizers, n_micro, grad_clip, scaler)
 
 # sequences are numbered through the run: an update takes the next ones, however they are shared out
