@@ -27,7 +27,7 @@ import hardware
 import prepare
 from configurator import configure, plain_errors, set_up_output
 from model import (GPTConfig, OPTIMIZERS, config_from, load_checkpoint, load_model, make_update, presets,
-                   start_training)
+                   start_training, starting_point)
 
 # ----------------------------------------------------------------------------
 # settings, on top of train.py's. Without --dataset or a config file's, tokens are random ones.
@@ -112,7 +112,7 @@ set_up_output()
 train_script = os.path.join(os.path.dirname(__file__), 'train.py')
 config, given = configure(GPTConfig, train_script, __file__, allowed=ALLOWED)
 with plain_errors():
-    config |= presets.get(config['model_preset'], {}) | given
+    config |= starting_point(config, given)[2] | given
     device = hardware.pick_device(config['device'])
     dtype = hardware.pick_dtype(device, config['dtype'])
     threads = hardware.set_up(device, config['threads'])

@@ -299,15 +299,18 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
     make_update as in model.py, sequences(n) -> x, y. A single process halves micro-batches until they fit.
     compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. -> the
-    batch_size and n_micro that fit, compile and why it is off (not_compiled), seconds of each update
-    (all_seconds), the least of them (seconds), and seconds_per_evaluated_token."""
+    batch_size and n_micro that fit, compile and why it is off (not_compiled), whether an update can be a CUDA
+    graph, seconds of each update (all_seconds), the least (seconds), and seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
+    decides = dist.is_initialized() or config['dtype'] == 'float16' or config['gradient_checkpointing']
 
     def attempt(batch_size, n_micro, compiled):
         if kind(device) != 'cpu':
             torch.accelerator.reset_peak_memory_stats(device)
         try:
-            return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds)
+            graph = not decides and n_micro <= 8  # Python decides nothing, and the graph is not long
+            return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph,
+                               rounds)
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
                 raise
@@ -333,10 +336,10 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     trial.not_compiled = problem
     return trial
 
-def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
+def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph, rounds):
     model, optimizer = start()
     tried = min(n_micro, 2)  # more micro-batches take no more memory
-    update = make_update(torch.compile(model) if compiled else model, optimizer, tried)
+    update = make_update(torch.compile(model) if compiled else model, optimizer, tried, graph=graph)
     x, y = sequences(tried * batch_size)
     calls = 1 if kind(device) == 'cpu' else 4  # in a round: a GPU runs several without a wait
     times = []
@@ -350,9 +353,9 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
     means = mean_over_processes([min(all_seconds, default=0.0), evaluation / x_val.numel()], device)
     return SimpleNamespace(
         batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false', not_compiled='',
-        all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
+        graph=graph, all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
 
-def plan(config, n_tokens, vocab_size):
+def plan(config, given, n_tokens, vocab_size):
     """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten
     minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
     no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
@@ -364,8 +367,11 @@ def plan(config, n_tokens, vocab_size):
     # 11 n_layer n_embd^2 + vocab_size n_embd = n_params
     n_embd = ((vocab_size**2 + 44 * n_layer * n_params)**0.5 - vocab_size) / (22 * n_layer)
     n_head = max(2, round(n_embd / 64))
+    n_kv_head = 1 if n_head % 2 else n_head // 2
+    if given.keys() & {'n_layer', 'n_head', 'n_embd'}:
+        n_kv_head = 0  # this one may not divide another n_head
     return dict(
-        n_layer=n_layer, n_head=n_head, n_kv_head=1 if n_head % 2 else n_head // 2, n_embd=64 * n_head,
+        n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=64 * n_head,
         block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
         batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10)
 

@@ -10,11 +10,9 @@ import functools
 import math
 import os
 import pickle
-import re
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from typing import get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -44,13 +42,6 @@ class GPTConfig:
     gradient_checkpointing: bool = False  # a third more time for far less memory
 
     def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind is float and type(value) is int:
-                value = float(value)
-                setattr(self, name, value)
-            if type(value) not in (get_args(kind) or (kind,)):  # int | None has two
-                raise ValueError(f'{name} is {value!r}: it must be of type {getattr(kind, "__name__", kind)}')
         self.n_kv_head = self.n_kv_head or self.n_head
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
             if getattr(self, name) < 1:
@@ -124,7 +115,7 @@ def make_norm(size, config):
 def rope_tables(positions, config):
     """cos and sin (T, 1, head_dim) of positions (T,), with rotate()'s minus sign in the first half of sin.
     Angles are computed in float64 where the device has it: in float32 those of the ten-millionth position are
-    off by half a turn."""
+    off by up to an eighth of a turn."""
     wide = torch.float64 if positions.device.type in ('cpu', 'cuda') else torch.float32
     pairs = torch.arange(0, config.head_dim, 2, dtype=wide, device=positions.device)
     angle = torch.outer(positions.to(wide), config.rope_theta ** (-pairs / config.head_dim)).unsqueeze(1)
@@ -237,10 +228,10 @@ class GPT(nn.Module):
         self.register_buffer('sin', sin, persistent=False)  # computation into the kernels of every layer
 
     def forward(self, input_ids, targets=None, cache=None, return_logits=True):
-        """(B, T) int64 -> logits, loss. With targets (B, T), of which -1 does not count: all logits (B, T,
-        vocab_size), or None with return_logits=False, and the mean cross entropy, for which all logits never
-        exist at once. Without targets: the last position's logits (B, 1, vocab_size) and None. T is at most
-        block_size, or with a cache, which it continues, any."""
+        """input_ids (B, T) int64 -> logits, loss. Without targets: the last position's logits (B, 1,
+        vocab_size), and None. With targets (B, T), of which -1 does not count: logits (B, T, vocab_size), or
+        None with return_logits=False, which saves their memory, and the mean cross entropy. T is at most
+        block_size; with a cache input_ids continue its text, and T may be longer."""
         if cache is not None:
             for part in input_ids.split(self.config.block_size, dim=1):
                 x = self.trunk(part, cache)
@@ -250,9 +241,13 @@ class GPT(nn.Module):
         x = self.trunk(input_ids)
         if targets is None:
             return self.logits(x[:, -1:]), None
-        loss = in_slices(lambda x, targets: token_loss(self.logits(x), targets), x, targets, self.config)
-        loss = loss / targets.ne(-1).sum().clamp(min=1)
-        return self.logits(x) if return_logits else None, loss
+        if return_logits:
+            logits = self.logits(x)
+            loss = token_loss(logits.flatten(0, 1), targets.flatten())
+        else:
+            logits = None
+            loss = in_slices(lambda x, targets: token_loss(self.logits(x), targets), x, targets, self.config)
+        return logits, loss / targets.ne(-1).sum().clamp(min=1)
 
     def trunk(self, input_ids, cache=None):
         """(B, T) -> (B, T, C), all but the head"""
@@ -293,11 +288,10 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def stream(self, input_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                repetition_penalty=1.0, num_samples=1, generator=None, stop_token=None):
-        """Yield max_new_tokens times (B,) new ids for the prompts (B, T), or for num_samples continuations of
-        one prompt (1, T); sample() explains the other options. A row that has drawn stop_token repeats it;
-        the text ends when every row has. T and max_new_tokens have no limit: a token sees the block_size
-        positions up to itself. Fastest where the weights have the precision of the arithmetic:
-        model.to(torch.bfloat16) first. ValueError for options and ids out of range."""
+        """Yield (B,) new ids, max_new_tokens times, for prompts (B, T), or for num_samples continuations of
+        one prompt (1, T). sample() explains the other options. A row repeats stop_token once it has drawn it;
+        the text ends when every row has. Each token attends to the block_size positions up to itself, so T
+        may be longer. Fastest after model.to(torch.bfloat16). ValueError for options or ids out of range."""
         check_drawing(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                       min_p=min_p, repetition_penalty=repetition_penalty, num_samples=num_samples)
         check_prompts(input_ids, num_samples, self.config.vocab_size)
@@ -360,63 +354,49 @@ def create_model(preset, **changes):
 # KV cache and sampling
 
 class KVCache:
-    """Keys and values of the last block_size positions, for each attention in the model.
+    """Keys and values of the last positions, for each attention in the model.
 
-    A step is one advance(T) and then an extend() in each attention, always in the same order: the n-th
-    extend() of a step continues the n-th of the step before. Position p is kept in slot p % size, and
-    `slot_positions` says which position each slot holds; attention_mask() needs nothing else. A text may go
-    on for ever: past block_size each token attends to the last block_size tokens. A single token is written
-    first and then attends to the slots. Several tokens attend to the slots and to one another and are written
-    afterwards, because the first of them still need what the last will overwrite."""
+    A step is one advance(T), T at most block_size, and then an extend() in each attention, always in the
+    same order: the n-th extend() of a step continues the n-th of the step before. Position p is kept in slot
+    p % slots, and `slot_positions` says which position each slot holds; attention_mask() needs nothing else.
+    A text may go on for ever: each token attends to the block_size positions up to itself. There are twice as
+    many slots, as the first token of a step still needs block_size positions when its last is written."""
 
     def __init__(self, block_size, device, length=2**62):
-        """length: the most positions that will be read; a shorter text needs fewer slots"""
-        slots = 8 * math.ceil(min(block_size, length) / 8)  # GPUs' attention kernels want a multiple of 8
+        """length: the most positions that will be read; a short text needs fewer slots"""
+        slots = 8 * math.ceil(min(2 * block_size, length) / 8)  # GPUs' attention kernels want a multiple of 8
         unused = 2**62  # a position that no query reaches
         self.slot_positions = torch.full((slots,), unused, device=device)
-        self.most = length
-        self.length = 0  # positions read so far,
-        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # and where a CUDA graph can count them
-        self.layers = []  # keys and values of each extend() of a step: [(B, n_kv_head, size, head_dim)] * 2
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # position; a tensor, for CUDA graphs
+        self.layers = []  # keys and values of each extend() of a step: (B, n_kv_head, slots, head_dim) * 2
         self.extended = 0  # extend() calls in this step
 
     def advance(self, T):
-        """Start a step of T positions, at most block_size -> them (T,), and those of the keys that extend()
-        will return (S,), or None where they are the same T: plain causal attention."""
+        """Start a step of T positions -> them (T,), and those of the keys that extend() will return (S,), or
+        None in the first step, where they are the same: plain causal attention."""
         if self.extended != len(self.layers):
             raise ValueError(f'the cache was used {self.extended} times in this step, not '
                              f'{len(self.layers)} times as before')
-        if self.length + T > self.most:
-            raise ValueError(f'the cache was made for {self.most} positions, not {self.length + T}')
-        self.is_beginning = self.length == 0
+        self.is_beginning = not self.layers
         self.extended = 0
         positions = self.next + torch.arange(T, device=self.next.device)
-        self.slots = positions % self.slot_positions.numel()
-        key_positions = None if self.is_beginning else torch.cat((self.slot_positions, positions))
-        self.slot_positions.index_copy_(0, self.slots, positions)
-        if T == 1:
-            key_positions = self.slot_positions
+        self.step_slots = positions % self.slot_positions.numel()
+        self.slot_positions.index_copy_(0, self.step_slots, positions)
         self.next += T
-        self.length += T
-        return positions, key_positions
+        return positions, None if self.is_beginning else self.slot_positions
 
     def extend(self, k, v):
         """Store k and v (B, n_kv_head, T, head_dim) -> the keys and values to attend to."""
-        if self.extended == len(self.layers):
-            if not self.is_beginning:
-                raise ValueError('the cache is used more often in this step than in the one before')
+        if self.is_beginning:
             shape = (*k.shape[:2], self.slot_positions.numel(), k.size(3))
             self.layers.append((k.new_zeros(shape), v.new_zeros(shape)))
-        past_k, past_v = self.layers[self.extended]
+        elif self.extended == len(self.layers):
+            raise ValueError('the cache is used more often in this step than in the one before')
+        keys, values = self.layers[self.extended]
         self.extended += 1
-        keys, values = k, v
-        if k.size(2) == 1:
-            keys, values = past_k, past_v
-        elif not self.is_beginning:
-            keys, values = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        past_k.index_copy_(2, self.slots, k)
-        past_v.index_copy_(2, self.slots, v)
-        return keys, values
+        keys.index_copy_(2, self.step_slots, k)
+        values.index_copy_(2, self.step_slots, v)
+        return (k, v) if self.is_beginning else (keys, values)
 
     def repeat(self, n):
         """Go on as n copies of the one sequence read so far."""
@@ -474,14 +454,19 @@ def inverse_root(gram):
     first three steps of https://arxiv.org/abs/2505.16932, which need no more than X X', the last one times
     0.733; a fourth made training slower and no better."""
     steps = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (2.8944, -2.1322, 0.4045))
-    root = p = None
-    for a, b, c in steps:
-        if root is not None:
-            gram = p @ gram @ p
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal(dim1=1, dim2=2).add_(a)
-        root = p if root is None else p @ root
+    root = polynomial(gram, *steps[0])
+    p = root
+    for coefficients in steps[1:]:
+        gram = p @ gram @ p
+        p = polynomial(gram, *coefficients)
+        root = p @ root
     return root
+
+def polynomial(x, a, b, c):
+    """a + b x + c x^2 of each matrix in (k, n, n)"""
+    y = torch.baddbmm(x, x, x, beta=b, alpha=c)
+    y.diagonal(dim1=1, dim2=2).add_(a)
+    return y
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal for each matrix: https://kellerjordan.github.io/posts/muon. A weight
@@ -558,7 +543,7 @@ class Optimizers:
 
     @property
     def capturable(self):
-        """Whether a step may be a CUDA graph: it must not depend on numbers that Python changes."""
+        """Whether a step can be a CUDA graph: all that changes is in tensors."""
         return all(group.get('capturable') for group in self.param_groups)
 
     def scale_learning_rates(self, scale):
@@ -584,11 +569,8 @@ class Optimizers:
     def load_state_dict(self, state):
         """Momenta and the like; the options, which may have changed, stay. ValueError if it does not fit."""
         options = [dict(group) for group in self.param_groups]
-        try:
-            for part, saved in zip(self.parts, state['parts'], strict=True):
-                part.load_state_dict(saved)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"the checkpoint's optimizer state does not fit its weights ({error})") from None
+        for part, saved in zip(self.parts, state['parts'], strict=True):
+            part.load_state_dict(saved)
         for group, own in zip(self.param_groups, options):
             group.update({**own, 'params': group['params']})
 
@@ -607,10 +589,11 @@ def make_optimizer(model, settings):
             raise ValueError(f'{name} is in {times[p]} groups of the optimizer: it must be in one')
     return optimizer
 
-def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None):
-    """-> update(x, y), one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), which
-    returns their mean loss and the norm of the gradients, as tensors: nothing waits for a GPU. On one NVIDIA
-    GPU it is a CUDA graph, and the next call overwrites what it returned."""
+def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=True):
+    """-> update(x, y): one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), -> the
+    mean loss and the norm of the gradients, tensors that nothing has waited for. With `graph`, on a CUDA or
+    ROCm device, it is a CUDA graph: the next call overwrites the results, and Python's numbers (momentum, the
+    weight of a second loss) stay as they were in the fourth call. Keep in tensors what changes."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     several_processes = isinstance(model, nn.parallel.DistributedDataParallel)
 
@@ -629,11 +612,7 @@ def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None):
         optimizer.zero_grad()
         return total, norm
 
-    in_python = several_processes or scaler.is_enabled() or not optimizer.capturable  # something is decided
-    is_long = n_micro > 8  # a longer graph takes memory and saves little
-    if in_python or is_long or model.config.gradient_checkpointing:
-        return update
-    return captured(update, next(model.parameters()).device)
+    return captured(update, next(model.parameters()).device) if graph and optimizer.capturable else update
 
 def cosine(step, warmup_iters, last, cooldown):
     """Half a cosine from the end of the warm-up to update `last`."""
@@ -671,20 +650,12 @@ def save_checkpoint(path, state):
         raise OSError(f'{path} could not be written ({reason})') from None
 
 def checkpoint_path(path):
-    """A checkpoint or a run folder -> the checkpoint itself, or the folder's best.pt, or else its ckpt.pt.
-    ValueError says how to make one."""
+    """A checkpoint or a run folder -> the checkpoint itself, or the folder's best.pt, or else its ckpt.pt."""
     for file in (path, os.path.join(path, 'best.pt'), os.path.join(path, 'ckpt.pt')):
         if os.path.isfile(file):
             return file
-    if os.path.exists(os.path.join(path, 'config.json')):
-        raise ValueError(f'{path} is a Hugging Face folder: run "python sample.py --from_hf={path}" first')
-    name = os.path.basename(path).removeprefix('out-')
-    looks_like_a_model = re.search(r'\d[MB]\b', name)  # SmolLM2-135M, Qwen3-0.6B
-    if looks_like_a_model and not os.path.exists(path):
-        owner = os.path.dirname(path) or 'OWNER'
-        raise ValueError(f'there is no folder {path}: run "hf download {owner}/{name} --local-dir {name}", '
-                         f'then "python sample.py --from_hf={name}"')
-    raise ValueError(f'there is no checkpoint {path}: "python train.py" makes one in its --out_dir')
+    raise ValueError(f'there is no checkpoint {path}: "python train.py" makes one in its --out_dir, and '
+                     '"python sample.py --from_hf=FOLDER" makes out-FOLDER/best.pt of a Llama or Qwen3')
 
 def load_checkpoint(path):
     """The dict that save_checkpoint wrote to this file or run folder; ValueError where it is missing, damaged
@@ -726,30 +697,36 @@ def start_training(config, settings, saved=None):
         model.compute_dtype = getattr(torch, settings['dtype'])
     return model, make_optimizer(model, settings)
 
-def starting_point(config, given):
-    """-> what a run's settings start from, below those given: (a checkpoint or None, where it is, {setting:
-    value} of it, or of the preset). ValueError where they contradict one another."""
-    if config['resume']:
+def starting_point(settings, given):
+    """-> (a checkpoint or None, its path or '', {setting: value} of the checkpoint or preset, which given
+    settings override). ValueError where they contradict one another."""
+    if settings['resume']:
         if given.get('init_from') and 'RANK' not in os.environ:  # torchrun restarts with the same command
             raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
-        source = os.path.join(config['out_dir'], 'ckpt.pt')
-        checkpoint = load_checkpoint(source)
-        base = {name: value for name, value in checkpoint['config'].items() if name in config}
-        base.update(resume=True, out_dir=config['out_dir'], init_from='', minutes=0.0)
-    elif config['init_from']:
-        source, checkpoint = config['init_from'], load_checkpoint(config['init_from'])
-        for name in ('model_preset', 'minutes'):
-            if given.get(name):
-                raise ValueError(f'--{name} is for new models: {source} has its own shape, and --max_iters is '
-                                 'the length of the run')
-        base = dict(checkpoint['model_config'])
-        if not config['eval_only']:
+        source = os.path.join(settings['out_dir'], 'ckpt.pt')
+        saved = load_checkpoint(source)
+        base = {name: value for name, value in saved['config'].items() if name in settings}
+        base.update(resume=True, out_dir=settings['out_dir'], init_from='')
+        changes = {name: given[name] for name in ('model_preset', 'minutes') if name in given}
+        changes = changes.items() - base.items()
+    elif settings['init_from']:
+        source, saved = settings['init_from'], load_checkpoint(settings['init_from'])
+        base = dict(saved['model_config'])
+        if not settings['eval_only']:
             base['block_size'] = min(512, base['block_size'])  # to save memory; RoPE allows it
+        changes = {name: given[name] for name in ('model_preset', 'minutes') if given.get(name)}.items()
     else:
-        source, checkpoint, base = '', None, {}
-        if config['model_preset']:
-            base = presets[config['model_preset']] | {'vocab_size': 0}
-    return checkpoint, source, base
+        source, saved, base, changes = '', None, {}, ()
+        if settings['model_preset']:
+            base = presets[settings['model_preset']] | {'vocab_size': 0}
+        if base and given.keys() & {'n_layer', 'n_head', 'n_embd'}:
+            base['n_kv_head'] = 0  # the preset's may not divide another n_head
+        if settings['eval_only']:
+            raise ValueError('--eval_only needs --resume or --init_from: a new model has learned nothing')
+    for name, _ in changes:
+        raise ValueError(f'--{name} is for new models: {source} has its shape, and --max_iters is the length '
+                         'of the run')
+    return saved, source, base
 
 def check_continues(saved, source, config, meta, data_id):
     """ValueError unless a run with these settings, on the data set of meta, can continue the checkpoint that
@@ -790,7 +767,7 @@ def check_model(model):
     weight, c, compute_dtype = model.embedding.weight, model.config, model.compute_dtype
     n = min(32, c.block_size)
     ids = torch.randint(c.vocab_size, (1, n), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    chunks = [1, n - 3, 1, 1] if n > 3 else [1] * n  # as the cache reads them
+    chunks = [1, n - 3, 1, 1] if n > 3 else [1] * n  # tokens in each cached step
     fast, was_training = FAST, model.training
     model.eval()
     try:
@@ -911,8 +888,8 @@ class Graph:
                 with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
                     self.results = self.function(*self.inputs)
         except RuntimeError as error:  # which leaves torch unable to go on
-            raise ValueError(f'this model cannot be a CUDA graph ({str(error)[:200]}): set FAST = False in '
-                             'model.py') from error
+            raise ValueError(f'this model cannot be a CUDA graph ({str(error)[:200]}): use a smaller '
+                             'batch_size if memory ran out, else set FAST = False in model.py') from error
 
 # ----------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ resume = False  # continue from out_dir/ckpt.pt with its settings, which config 
 init_from = ''  # start from the weights of this checkpoint or run folder, in its shape and tokenizer
 minutes = 0.0  # choose the model and the run so that it takes so long on this machine; 0: as the settings say
 eval_only = False  # evaluate once and exit
-dry_run = False  # check everything, time a few real updates, print the estimate; writes nothing
+dry_run = False  # check settings and data, time a few real updates, print the estimate; writes nothing
 interactive = False  # answer questions about the main settings; writes an ordinary config file
 show_hardware = False  # print what this machine has and exit
 status = False  # print what is installed, prepared and trained here, and exit
@@ -59,7 +59,7 @@ learning_rate = 1e-2  # AdamW's peak
 muon_learning_rate = 0.02  # Muon's peak
 muon_momentum = 0.85  # share of the old momentum that each update keeps; 0.95 for long runs of large updates
 max_iters = 2000  # length of the run, in updates of the weights
-weight_decay = 0.1  # how fast unused weights shrink; on matrices only
+weight_decay = 0.1  # share of a matrix that an update takes away, times the learning rate
 beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
 beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
 grad_clip = 1.0  # largest gradient norm; 0: no limit
@@ -92,12 +92,15 @@ ALLOWED = dict(
     compile=('auto', 'true', 'false'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
     batch_size=ONE_OR_MORE, max_iters=ONE_OR_MORE, log_interval=ONE_OR_MORE, eval_interval=ONE_OR_MORE,
     beta1=SHARE, beta2=SHARE, muon_momentum=SHARE, threads=(0, 1024))
-SAVE_SECONDS = 300  # save at least this often
+SAVE_SECONDS = 300  # save at least this often; with several processes, at the next line of the log
 
 # ----------------------------------------------------------------------------
 # Resolve the settings. Until globals().update(config) read config['name']: plain names are the defaults.
 
 configurator.set_up_output()
+if len(sys.argv) == 1:
+    print('no arguments: five minutes of Shakespeare, as by --minutes=5; settings: --help')
+    sys.argv += ['--minutes=5', '--offline_dataset=pydoc']
 config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
 with plain_errors():
     if problem := hardware.version_problem():
@@ -116,9 +119,6 @@ with plain_errors():
             ('dataset', 'data set, or the path of a text', known[0], prepare.find, known),
             ('minutes', 'minutes that training may take', 5.0),
             ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', None, sizes)])
-    if len(sys.argv) == 1:
-        print('no arguments: five minutes of Shakespeare, planned as by --minutes=5; settings: --help')
-        config.update(minutes=5.0, offline_dataset='pydoc')
 
     # below config files and flags: a preset, or the checkpoint that is resumed or started from
     ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
@@ -146,13 +146,10 @@ with plain_errors():
     # plan: what --minutes decides, unless it is given
     planned, planning = {}, config['minutes'] and not checkpoint and not config['eval_only']
     if planning:
-        planned = hardware.from_rank_0(hardware.plan(config, len(data.train), data.meta['vocab_size']))
+        planned = hardware.from_rank_0(hardware.plan(config, given, len(data.train), data.meta['vocab_size']))
         planned = {name: value for name, value in planned.items() if name not in base | given}
         config |= planned
-    if {'n_layer', 'n_head', 'n_embd'} & given.keys() and 'n_kv_head' not in given and not checkpoint:
-        config['n_kv_head'] = planned['n_kv_head'] = 0  # a preset's or a plan's may not divide another n_head
-    default_vocab_size = checkpoint['model_config']['vocab_size'] if checkpoint else data.meta['vocab_size']
-    gpt_config = config_from(config, vocab_size=config['vocab_size'] or default_vocab_size)
+    gpt_config = config_from(config, vocab_size=config['vocab_size'] or data.meta['vocab_size'])
     config |= asdict(gpt_config)
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
@@ -188,9 +185,15 @@ with plain_errors():
 globals().update(config)  # from here on no setting changes
 
 def say(text):
+    """Print a line; only rank 0 does."""
     if master:
         progress('')
         print(text)
+
+def show(text, share=None):
+    """Say what goes on, in a line that the next one replaces."""
+    if master:
+        progress(text, share)
 
 engine = 'compiled' if compile == 'true' else 'not compiled'
 engine += f' ({trial.not_compiled})' if trial.not_compiled else ''
@@ -215,9 +218,10 @@ if checkpoint:
 else:
     say(f'start   guessing has a loss of ln({vocab_size}) = {math.log(vocab_size):.3f} nats a token')
 if epochs > 20:
-    say('note    more than about 20 passes over a text overfit: fewer max_iters, or --patience=3')
+    say('note    more than about 20 passes usually overfit: lower max_iters, or set --patience=3')
 if dry_run:
-    say(f'dry run: the run would take about {clock(run_seconds(trial.seconds))}, evaluation aside; '
+    updates_left = max_iters - (updates_made if resume else 0)
+    say(f'dry run: the run would take about {clock(trial.seconds * updates_left)}, evaluation aside; '
         f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
     hardware.end_processes()
     sys.exit()
@@ -248,17 +252,9 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
         if wandb_log:
             folder.watch_with_wandb(wandb_project, wandb_run_name, config)
 checkpoint = None  # frees its memory
-model = torch.compile(raw_model) if compile == 'true' else raw_model
-model = hardware.share_gradients(model)
-update = make_update(model, optimizers, n_micro, grad_clip, scaler)
-
-# sequences are numbered through the run: an update takes the next ones, however they are shared out
-rows = n_micro * batch_size
-first_row = tokens_seen // block_size + rank * rows
-batches = prepare.batches(data.train, first_row, rows, world_size * rows, block_size, seed, device)
 
 # ----------------------------------------------------------------------------
-# training: the learning rate, an evaluation, an update
+# training: the learning rate, an evaluation
 
 def learning_rate_scale(step):
     """The learning rate of update `step` (the first is 0) over its peak."""
@@ -267,8 +263,8 @@ def learning_rate_scale(step):
     if not decay_lr:
         return 1.0
     floor = min(1.0, min_lr / learning_rate) if learning_rate else 0.0
-    share = SCHEDULES[lr_schedule](step, warmup_iters, lr_decay_iters or max_iters, cooldown)
-    return floor + (1 - floor) * share
+    fall = SCHEDULES[lr_schedule](step, warmup_iters, lr_decay_iters or max_iters, cooldown)  # from 1 to 0
+    return floor + (1 - floor) * fall
 
 @torch.no_grad()
 def evaluate():
@@ -287,7 +283,7 @@ def evaluate():
     return loss_sum / tokens
 
 # ----------------------------------------------------------------------------
-# what the run says and leaves; only rank 0 does
+# output: log, checkpoints, samples; only rank 0 writes
 
 def bits_per_byte(loss):
     """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
@@ -314,12 +310,12 @@ def save(path, **more):
 def save_latest():
     save(ckpt_path, optimizer=optimizers.state_dict())
 
-def read_recent():
+def read_losses():
     """Mean loss and last gradient norm since the last call. Reading waits for the GPU, so several are read at
     once. ValueError at the first that is not finite, before these weights are saved."""
-    numbers = torch.stack(recent).float().tolist()  # (updates, 2): loss and gradient norm
+    numbers = torch.stack(unread).float().tolist()  # (updates, 2): loss and gradient norm
     numbers = hardware.mean_over_processes(numbers, device)
-    recent.clear()
+    unread.clear()
     for at, (loss, norm) in enumerate(numbers, step + 1 - len(numbers)):
         # float16's scaler meets infinite norms while it looks for its scale; a scale below 1 has failed
         good_norm = math.isfinite(norm) or scaler.is_enabled()
@@ -335,7 +331,7 @@ def survivors():
 def print_sample():
     prompt = torch.from_numpy(data.val[:1].astype('int64'))[None]
     generator = torch.Generator(device).manual_seed(seed)
-    ids = raw_model.generate(prompt, 200, temperature=0.8, top_k=200, generator=generator)[0].tolist()
+    ids = raw_model.generate(prompt, 200, temperature=0.8, top_k=200, generator=generator)[0, 1:].tolist()
     text = prepare.printable(prepare.Tokenizer(data.meta['tokenizer']).decode(ids)).strip()
     print(f'sample  at update {step}:', *text.splitlines(), sep='\n    ')
 
@@ -347,11 +343,24 @@ if eval_only:
     sys.exit()
 
 # ----------------------------------------------------------------------------
+# the update, and the batches that it reads
+
+model = torch.compile(raw_model) if compile == 'true' else raw_model
+model = hardware.share_gradients(model)
+update = make_update(model, optimizers, n_micro, grad_clip, scaler, trial.graph)  # forward, backward, step
+
+# the run numbers its sequences, and each update reads the next ones, however many processes share them
+rows_per_update = n_micro * batch_size
+first_row = tokens_seen // block_size + rank * rows_per_update
+stride = world_size * rows_per_update
+batches = prepare.batches(data.train, first_row, rows_per_update, stride, block_size, seed, device)
+
+# ----------------------------------------------------------------------------
 # the loop
 
 signals = configurator.catch_signals(quiet=not master)
 peak, _ = hardware.peak_flops(device, dtype)
-recent, train_loss, stopped_early, interrupted = [], math.nan, False, False
+unread, train_loss, stopped_early, interrupted = [], math.nan, False, False
 first_step = logged_step = step
 logged_at = saved_at = time.monotonic()
 gc.collect()
@@ -361,8 +370,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
     while not interrupted:
         # save and evaluate
         if step > val_step and (step % eval_interval == 0 or step == max_iters):
-            save_latest()  # first: the process may be killed meanwhile
-            progress('evaluating ...')
+            save_latest()  # before the evaluation, during which the process may be killed
+            show('evaluating ...')
             val_loss, val_step = evaluate(), step
             if not math.isfinite(val_loss):
                 raise ValueError(f'update {step}: validation loss {val_loss}: try a lower learning rate')
@@ -381,7 +390,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
                                 f'{best_val_loss:.4f} at update {best_step}')
             is_turn = sample_interval and step // eval_interval % sample_interval == 0
             if master and is_turn and step < max_iters:
-                print_sample()
+                with configurator.watching('the sample'):
+                    print_sample()
             stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
         if step == max_iters or stopped_early:
@@ -394,18 +404,18 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
 
         # one update of the weights
         torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
-        recent.append(torch.stack(update(*next(batches))))
+        unread.append(torch.stack(update(*next(batches))))
         step += 1
         tokens_seen += tokens_per_update
 
         # log
-        hurry = world_size == 1 and (signals or time.monotonic() - saved_at > SAVE_SECONDS)
-        if not (hurry or step % log_interval == 0 or step % eval_interval == 0 or step == max_iters):
-            progress(f'update {step} of {max_iters}', step / max_iters)
+        log_now = world_size == 1 and (signals or time.monotonic() - saved_at > SAVE_SECONDS)
+        if not (log_now or step % log_interval == 0 or step % eval_interval == 0 or step == max_iters):
+            show(f'update {step} of {max_iters}', step / max_iters)
             if step == first_step + 1:  # the first takes longer: it may compile
                 logged_step, logged_at = step, time.monotonic()
             continue
-        train_loss, grad_norm = read_recent()
+        train_loss, grad_norm = read_losses()
         seconds = (time.monotonic() - logged_at) / (step - logged_step)
         speed = tokens_per_update / seconds
         mfu = raw_model.flops_per_token() * speed / (peak * world_size)
@@ -425,9 +435,9 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
 # ----------------------------------------------------------------------------
 # the end
 
-where = f' --out_dir={shlex.quote(out_dir)}' if out_dir != 'out' else ''
+out_dir_flag = f' --out_dir={shlex.quote(out_dir)}' if out_dir != 'out' else ''
 if interrupted:
-    say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{where}')
+    say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{out_dir_flag}')
 else:
     if stopped_early:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
@@ -447,7 +457,7 @@ else:
         longer = f'--minutes={2 * minutes:g}' if planning else f'--max_iters={2 * max_iters}'
         say(f'better  python train.py {shlex.join([*flags, longer])}')
     prompt = ' --start="ROMEO:"' if dataset == 'shakespeare' else ''
-    say(f'next    python sample.py{where}{prompt}')
+    say(f'next    python sample.py{out_dir_flag}{prompt}')
 model = update = None  # they hold the process group
 hardware.end_processes()
 sys.exit(128 + signals[0] if interrupted and signals else 0)
