@@ -11,6 +11,7 @@ block_size = 64
 batch_size = 12
 
 max_iters = 260
+muon_learning_rate = 0.03
 muon_momentum = 0.8
 warmup_iters = 5
 lr_schedule = 'linear'
