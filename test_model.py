@@ -139,75 +139,6 @@ def test_progress_is_a_line_that_fits_the_terminal(monkeypatch, capsys):
         assert capsys.readouterr().out == shown
 
 # ----------------------------------------------------------------------------
-# hardware
-
-@pytest.fixture
-def machine(monkeypatch):
-    """machine('cuda', capability=(9, 0), ...): torch finds this GPU, whatever is here."""
-    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=('compute_50',), flags='', version='2.13.0',
-             works=True):
-        facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True)
-        card = dict(get_device_properties=facts, get_device_capability=capability, get_arch_list=archs)
-        there = torch.device(gpu) if gpu else None
-        accelerator = dict(current_accelerator=there, is_available=works, device_count=1)
-        monkeypatch.setattr(torch, 'version', SimpleNamespace(hip=hip, cuda=not hip))
-        monkeypatch.setattr(torch, '__version__', type(torch.__version__)(version))
-        monkeypatch.setattr(hardware, 'proc', lambda path, field: flags)
-        for api, answers in (torch.cuda, card), (torch.xpu, card), (torch.accelerator, accelerator):
-            for query, answer in answers.items():
-                monkeypatch.setattr(api, query, lambda device=None, answer=answer: answer, raising=False)
-    return stub
-
-@pytest.mark.parametrize('facts, device, dtype', [
-    (dict(gpu='cuda'), 'cuda', 'bfloat16'),
-    (dict(gpu='cuda', capability=(7, 5)), 'cuda', 'float16'),
-    (dict(gpu='cuda', capability=(6, 1)), 'cuda', 'float32'),
-    (dict(gpu='cuda', works=False), 'cpu', 'float32'),
-    (dict(gpu='cuda', hip='6.4', gfx='gfx942:'), 'cuda', 'bfloat16'),
-    (dict(gpu='cuda', hip='6.4', gfx='gfx1030'), 'cuda', 'float16'),
-    (dict(gpu='xpu'), 'xpu', 'bfloat16'),
-    (dict(gpu='mps', version='2.13.0a0+git12345'), 'mps', 'float32'),
-    (dict(gpu='mps', version='2.12.1'), 'cpu', 'float32'),
-    (dict(), 'cpu', 'float32'),
-    (dict(flags='avx2 avx512_bf16'), 'cpu', 'bfloat16'),
-])
-def test_auto_takes_the_best_device_and_only_a_real_dtype(machine, facts, device, dtype):
-    machine(**facts)
-    assert (hardware.pick_device(), hardware.pick_dtype(device)) == (device, dtype)
-
-@pytest.mark.parametrize('capability, archs, runs', [
-    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((12, 0), 'sm_90', False),
-    ((12, 0), 'compute_90', True), ((10, 0), 'compute_90a', False), ((10, 3), 'sm_100f', True)])
-def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability, archs, runs):
-    """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities."""
-    machine(gpu='cuda', capability=capability, archs=[archs])
-    assert hardware.pick_device() == ('cuda' if runs else 'cpu')
-    if not runs:
-        says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, archs)
-        assert says in refusal(hardware.pick_device, 'cuda') and says in hardware.table()
-
-@pytest.mark.parametrize('limit, used', [
-    ('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')])
-def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, used):
-    for name, value in {limit: 4 * 2**30, used: 2**30, 'cpu.max': '150000 100000'}.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(f'{value}\n')
-    system = {'MemAvailable': 6 * 2**30, 'MemTotal': 8 * 2**30}
-    monkeypatch.setattr(hardware, 'CGROUP', empty)
-    monkeypatch.setattr(hardware, 'proc', lambda path, field: system.get(field, ''))
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
-    assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
-
-@pytest.mark.parametrize('version, too_old', [('2.9.0a0+145a3a7bda.nv25.10', False), ('2.8.1', True)])
-def test_only_the_release_number_of_pytorch_counts(machine, version, too_old):
-    machine(version=version)
-    assert ('PyTorch 2.9 or later' in hardware.version_problem()) == too_old
-
-def test_a_compiler_that_fails_is_one_line(monkeypatch):
-    monkeypatch.setattr(torch, 'compile', failing(RuntimeError, 'no compiler\nhere'))
-    assert hardware.compile_problem('cpu') == 'RuntimeError: no compiler here'
-
-# ----------------------------------------------------------------------------
 # data
 
 WORDS = 'The quick brown fox, 12 of them, didn\'t jump over the dog.\nשלום עולם e\u0301 👩‍👩‍👧 naïve\n\t'
@@ -1171,6 +1102,75 @@ def test_a_tokenizer_that_changes_text_is_refused_with_the_reason():
     contents = json.loads(export_tokenizer(CHARS).to_str())
     contents['model']['byte_fallback'] = True  # SentencePiece
     assert 'byte_fallback' in refusal(load_tokenizer, json.dumps(contents))
+
+# ----------------------------------------------------------------------------
+# hardware
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine('cuda', capability=(9, 0), ...): torch finds this GPU, whatever is here."""
+    def stub(gpu='', hip=None, capability=(9, 0), gfx='', archs=('compute_50',), flags='', version='2.13.0',
+             works=True):
+        facts = SimpleNamespace(gcnArchName=gfx, has_bfloat16_conversions=True)
+        card = dict(get_device_properties=facts, get_device_capability=capability, get_arch_list=archs)
+        there = torch.device(gpu) if gpu else None
+        accelerator = dict(current_accelerator=there, is_available=works, device_count=1)
+        monkeypatch.setattr(torch, 'version', SimpleNamespace(hip=hip, cuda=not hip))
+        monkeypatch.setattr(torch, '__version__', type(torch.__version__)(version))
+        monkeypatch.setattr(hardware, 'proc', lambda path, field: flags)
+        for api, answers in (torch.cuda, card), (torch.xpu, card), (torch.accelerator, accelerator):
+            for query, answer in answers.items():
+                monkeypatch.setattr(api, query, lambda device=None, answer=answer: answer, raising=False)
+    return stub
+
+@pytest.mark.parametrize('facts, device, dtype', [
+    (dict(gpu='cuda'), 'cuda', 'bfloat16'),
+    (dict(gpu='cuda', capability=(7, 5)), 'cuda', 'float16'),
+    (dict(gpu='cuda', capability=(6, 1)), 'cuda', 'float32'),
+    (dict(gpu='cuda', works=False), 'cpu', 'float32'),
+    (dict(gpu='cuda', hip='6.4', gfx='gfx942:'), 'cuda', 'bfloat16'),
+    (dict(gpu='cuda', hip='6.4', gfx='gfx1030'), 'cuda', 'float16'),
+    (dict(gpu='xpu'), 'xpu', 'bfloat16'),
+    (dict(gpu='mps', version='2.13.0a0+git12345'), 'mps', 'float32'),
+    (dict(gpu='mps', version='2.12.1'), 'cpu', 'float32'),
+    (dict(), 'cpu', 'float32'),
+    (dict(flags='avx2 avx512_bf16'), 'cpu', 'bfloat16'),
+])
+def test_auto_takes_the_best_device_and_only_a_real_dtype(machine, facts, device, dtype):
+    machine(**facts)
+    assert (hardware.pick_device(), hardware.pick_dtype(device)) == (device, dtype)
+
+@pytest.mark.parametrize('capability, archs, runs', [
+    ((8, 6), 'sm_80', True), ((8, 0), 'sm_86', False), ((9, 0), 'sm_80', False), ((12, 0), 'sm_90', False),
+    ((12, 0), 'compute_90', True), ((10, 0), 'compute_90a', False), ((10, 3), 'sm_100f', True)])
+def test_a_card_is_used_only_if_this_pytorch_has_code_for_it(machine, capability, archs, runs):
+    """NVIDIA's rules: CUDA Programming Guide, Compute Capabilities."""
+    machine(gpu='cuda', capability=capability, archs=[archs])
+    assert hardware.pick_device() == ('cuda' if runs else 'cpu')
+    if not runs:
+        says = 'compute capability %d.%d: this PyTorch is built for %s' % (*capability, archs)
+        assert says in refusal(hardware.pick_device, 'cuda') and says in hardware.table()
+
+@pytest.mark.parametrize('limit, used', [
+    ('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes')])
+def test_memory_and_cores_are_those_of_the_container(empty, monkeypatch, limit, used):
+    for name, value in {limit: 4 * 2**30, used: 2**30, 'cpu.max': '150000 100000'}.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f'{value}\n')
+    system = {'MemAvailable': 6 * 2**30, 'MemTotal': 8 * 2**30}
+    monkeypatch.setattr(hardware, 'CGROUP', empty)
+    monkeypatch.setattr(hardware, 'proc', lambda path, field: system.get(field, ''))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2, 5}, raising=False)
+    assert hardware.memory() == (3 * 2**30, 4 * 2**30) and hardware.cores() == 2
+
+@pytest.mark.parametrize('version, too_old', [('2.9.0a0+145a3a7bda.nv25.10', False), ('2.8.1', True)])
+def test_only_the_release_number_of_pytorch_counts(machine, version, too_old):
+    machine(version=version)
+    assert ('PyTorch 2.9 or later' in hardware.version_problem()) == too_old
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', failing(RuntimeError, 'no compiler\nhere'))
+    assert hardware.compile_problem('cpu') == 'RuntimeError: no compiler here'
 
 # ----------------------------------------------------------------------------
 # the benchmark, and the README
