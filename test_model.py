@@ -376,11 +376,14 @@ variants = pytest.mark.parametrize('options', [
     dict(), dict(n_kv_head=1), dict(n_kv_head=4, bias=True), dict(gradient_checkpointing=True, dropout=0.2),
     dict(use_rms_norm=False, use_swiglu=False, bias=True, qk_norm=False)], ids=str)
 
+devices = pytest.mark.parametrize('device', ['cpu', *(['cuda'] if torch.cuda.is_available() else [])])
+
+@devices
 @variants
-def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, options):
-    model = tiny(block_size=300, **options).train()
+def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, options, device):
+    model = tiny(block_size=300, **options).train().to(device)
     gpt.check_model(model)
-    x, targets = ids(2, 300), ids(2, 300, seed=2)
+    x, targets = ids(2, 300).to(device), ids(2, 300, seed=2).to(device)
     targets[0, 100:] = -1  # do not count
     monkeypatch.setattr(gpt, 'LARGE', 0)
     monkeypatch.setattr(gpt, 'MANY_LOGITS', 5000)  # slices of some hundred rows
@@ -398,14 +401,15 @@ def test_fast_paths_change_neither_logits_nor_loss_nor_gradients(monkeypatch, op
         assert_same(fast, slow)
 
 @torch.no_grad()
+@devices
 @variants
-def test_cached_equals_uncached_whatever_the_chunks(monkeypatch, options):
-    model = tiny(block_size=300, **options)
-    x, chunks = ids(3, 300), [5, 1, 1, 93, 60, 1, 1, 1, 136, 1]
+def test_cached_equals_uncached_whatever_the_chunks(monkeypatch, options, device):
+    model = tiny(block_size=300, **options).to(device)
+    x, chunks = ids(3, 300).to(device), [5, 1, 1, 93, 60, 1, 1, 1, 136, 1]
     for fast, rows in itertools.product((False, True), (1, 3)):
         monkeypatch.setattr(gpt, 'FAST', fast)
         expected = model(x[:rows], x[:rows])[0][:, torch.tensor(chunks).cumsum(0) - 1]
-        cache = KVCache(300, 'cpu')
+        cache = KVCache(300, device)
         cached = torch.cat([model(part, cache=cache)[0] for part in x[:rows].split(chunks, dim=1)], dim=1)
         assert_same(cached, expected)
 
@@ -861,7 +865,10 @@ def test_on_a_full_disk_the_last_checkpoint_stays(place, monkeypatch):
     ('prepare.py a\x1b[31m\u202ez', 'a\\x1b[31m\\u202ez is not a file'),
     ('sample.py --to_hf=there', 'pip install gguf'),
     ('sample.py --from_hf=Smol-135M', 'run "hf download OWNER/Smol-135M --local-dir Smol-135M" first'),
-    ('sample.py --out_dir=HF/Smol-135M', 'then "python sample.py --from_hf=Smol-135M"'),
+    ('sample.py --out_dir=HF/Smol-135M', '"python sample.py --from_hf=FOLDER" makes out-FOLDER/best.pt'),
+    ('train.py --resume --minutes=9', '--minutes is for new models'),
+    ('train.py --init_from=out --model_preset=tiny', '--model_preset is for new models'),
+    ('train.py tiny.py --eval_only', '--eval_only needs --resume or --init_from'),
 ])
 def test_a_mistake_is_refused_in_one_line_before_anything_is_written(place, command, says):
     Path('in.txt').write_text(TEXT * 300)
@@ -897,6 +904,15 @@ def test_a_preset_gives_way_to_what_is_given_even_if_that_equals_a_default(place
     same = [f'--{name}={getattr(GPTConfig, name)}' for name in ('n_layer', 'block_size')]
     out, _ = call_script('train.py', '--model_preset=small', *flags, *same, '--n_head=4', '--n_embd=32')
     assert ' 6 layers, 32 wide, 4 query heads, 4 for keys and values, context 256' in out
+
+def test_a_run_ends_with_a_sample_what_its_loss_means_and_what_would_help(place):
+    out, _ = call_script('train.py', 'tiny.py', '--max_iters=3', '--out_dir=new')
+    sample, means, better = re.search(
+        r'sample  at update 3:\n((?:    .*\n)+)means   (.*)\n.*\nbetter  (.*)\nnext ', out).groups()
+    bits = load_checkpoint('new/ckpt.pt')['val_bits_per_byte']
+    pattern = rf'{bits:.2f} bits per byte .* single letters needs 4\.\d\d, .* three letters \d\.\d\d'
+    assert re.fullmatch(pattern, means)
+    assert better == 'python train.py tiny.py --out_dir=new --max_iters=6' and len(sample) > 5
 
 def test_patience_stops_a_run_that_no_longer_gets_better_and_resuming_it_too(place):
     out, _ = call_script('train.py', 'tiny.py', '--learning_rate=0', '--muon_learning_rate=0', '--patience=2')
@@ -1180,13 +1196,13 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
     ('true', 0, 0.5, 'no compiler', 'no compiler'),
 ])
 def test_updates_are_compiled_if_that_works_and_pays(monkeypatch, wish, minutes, seconds, problem, says):
-    def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, rounds):
+    def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph, rounds):
         return SimpleNamespace(batch_size=8, n_micro=1, compiled=compiled, not_compiled='',
                                seconds=seconds if compiled else 1.0)
 
     monkeypatch.setattr(hardware, 'try_updates', try_updates)
     monkeypatch.setattr(hardware, 'compile_problem', lambda device: problem)
-    config = dict(device='cpu', compile=wish, batch_size=8)
+    config = dict(device='cpu', compile=wish, batch_size=8, dtype='float32', gradient_checkpointing=False)
     trial = hardware.fit(None, None, None, config, 1, lambda seconds: 60 * minutes * seconds)
     assert trial.compiled == (not says) and says in trial.not_compiled
 
