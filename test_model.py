@@ -861,7 +861,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays(place, monkeypatch):
     ('prepare.py a\x1b[31m\u202ez', 'a\\x1b[31m\\u202ez is not a file'),
     ('sample.py --to_hf=there', 'pip install gguf'),
     ('sample.py --from_hf=Smol-135M', 'run "hf download OWNER/Smol-135M --local-dir Smol-135M" first'),
-    ('sample.py --out_dir=HF/Smol-135M', 'then "python sample.py --from_hf=Smol-135M"'),
+    ('sample.py --out_dir=nowhere', '"python train.py" makes one in its --out_dir'),
 ])
 def test_a_mistake_is_refused_in_one_line_before_anything_is_written(place, command, says):
     Path('in.txt').write_text(TEXT * 300)
