@@ -1,4 +1,4 @@
-"""How fast: training (ms per update and where they go, tokens/s, MFU, memory), prefill and decoding.
+"""Measure speed: training (ms per update and where they go, tokens/s, MFU, memory), prefill and decoding.
 
     python bench.py --model_preset=small                # train.py's settings and flags, and those below
     python bench.py config/train_shakespeare.py         # that run, on its data
@@ -30,10 +30,10 @@ from model import (GPTConfig, OPTIMIZERS, config_from, load_checkpoint, load_mod
                    start_training, starting_point)
 
 # ----------------------------------------------------------------------------
-# settings, on top of train.py's. Without --dataset or a config file's, tokens are random ones.
-updates = 10  # timed updates
-decode_batch = 1  # texts drawn at once
-decode_tokens = 50  # tokens drawn, after block_size / 2 that are read
+# settings, on top of train.py's. Tokens are random unless a flag or config file sets dataset.
+updates = 10  # timed updates (on a GPU: rounds of four); fewer if they take over 20 seconds
+decode_batch = 1  # texts generated at once
+decode_tokens = 50  # tokens generated, after a prompt of block_size / 2
 profile = False  # print the costliest operations of one update instead
 json = False  # print the figures as JSON
 report = False  # print a table of several models on this machine
@@ -85,9 +85,10 @@ def print_record():
         losses, seconds = [], []
         for number in (1, 2, 3):
             with tempfile.TemporaryDirectory() as out:
-                command = [sys.executable, train_script, path, f'--seed={number}', f'--out_dir={out}/run']
+                command = [sys.executable, train_script, path, f'--seed={number}', f'--out_dir={out}/run',
+                           f'--device={device}', '--offline_dataset=']
                 began = time.perf_counter()
-                subprocess.run([*command, f'--device={device}'], stdout=subprocess.DEVNULL, check=True)
+                subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
                 seconds.append(time.perf_counter() - began)
                 state = load_checkpoint(f'{out}/run/ckpt.pt')
                 losses.append(state['val_loss'])
@@ -124,7 +125,8 @@ with plain_errors():
         print_record()
         sys.exit()
     data = prepare.load_dataset(config['dataset']) if 'dataset' in given else None
-    vocab_size = data.meta['vocab_size'] if data else GPTConfig.vocab_size
+    default = presets.get(config['model_preset'], {}).get('vocab_size', GPTConfig.vocab_size)
+    vocab_size = data.meta['vocab_size'] if data else default
     model_config = config_from(config, vocab_size=config['vocab_size'] or vocab_size)
     config['compile'] = given.get('compile', 'false')
 globals().update(config)
@@ -165,6 +167,7 @@ mfu = model.flops_per_token() * tokens_per_sec / peak
 compiled = trial.compile == 'true'
 trained = torch.compile(model) if compiled else model
 if profile:
+    list(update_in_parts(trained, optimizer, *sequences(trial.batch_size)))  # warm-up
     with torch.profiler.profile() as profiler:
         list(update_in_parts(trained, optimizer, *sequences(trial.batch_size)))
     by = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
@@ -185,6 +188,7 @@ ms = {part: times[1:] for part, times in ms.items()}  # the first warms up
 ms['all'] = [1000 * seconds for seconds in trial.all_seconds]
 model.eval().to(getattr(torch, dtype))
 prompt = torch.randint(model_config.vocab_size, (decode_batch, block_size // 2), device=device)
+list(model.stream(prompt, 1))  # warm-up
 stamps = [time.perf_counter()]
 for new in model.stream(prompt, decode_tokens + 5, temperature=0.8, top_k=200):
     new.tolist()  # as sample.py does: waits for the device
@@ -216,7 +220,7 @@ print(f'{f["device"]}, torch {f["torch"]}, {dtype}, compiled: {f["compiled"]}')
 print(f'model     {f["parameters"] / 1e6:.2f}M parameters, {trial.batch_size} x {block_size} tokens')
 print(f'training  {tokens_per_sec:,.0f} tokens/s, MFU {mfu:.1%} of {peak / 1e12:.3g} TFLOP/s ({origin}), '
       f'peak memory {peak_memory / 2**30:.2f} GiB')
-print(f'          ms per update {spread(ms["all"])}: {parts}')
+print(f'          ms per update {spread(ms["all"])}; its parts, each waited for: {parts}')
 print(f'prefill   {f["prefill_tokens_per_sec"]:,.0f} tokens/s, {decode_batch} x {block_size // 2} tokens')
 print(f'decoding  {f["decode_tokens_per_sec"]:,.0f} tokens/s, {spread(steps)} ms a step at batch '
       f'{decode_batch}, context {block_size // 2}')

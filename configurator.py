@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def progress(text, share=None):
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f'{text[:width]}\x1b[K\r', end='', flush=True)  # \x1b[K erases the rest of the line
+
+def green(text):
+    """The text in green, on a terminal and without NO_COLOR."""
+    plain = not sys.stdout.isatty() or os.environ.get('NO_COLOR')
+    return text if plain else f'\x1b[32m{text}\x1b[0m'
 
 def stop(message):
     """Exit with status 2 and one line on stderr."""
@@ -184,7 +190,8 @@ def configure(*sources, argv=None, allowed={}):
         print(sys.modules['__main__'].__doc__, 'Settings, with their defaults:', sep='\n')
         for name, (default, comment) in block.items():
             choices = allowed.get(name, ()) if isinstance(default, str) else ()
-            print(f'  --{name}={default}'.ljust(34), '; '.join(filter(None, [comment, *choices])))
+            line = f'  --{name}={default}'.ljust(35) + '; '.join(filter(None, [comment, *choices]))
+            print(textwrap.fill(line, 100, subsequent_indent=' ' * 35))
         sys.exit()
     end = argv.index('--') if '--' in argv else len(argv)  # there are no flags after it
     flags = [argument for argument in argv[:end] if argument.startswith('-') and argument != '-']

@@ -29,7 +29,7 @@ PEAKS = {
     'A100 80GB PCIe': 312, 'L4': 121, 'GeForce RTX 4090': 165, 'GeForce RTX 3090': 71, 'Tesla T4': 65,
     'Tesla V100-SXM2-16GB': 125, 'AMD Instinct MI300X': 1307,
 }
-READINGS = 6  # most passes over the text in a planned run; more overfit
+READINGS = 6  # most passes over the text in a planned run, which has no dropout
 EVALUATION_TOKENS = 4096  # in a batch of an evaluation; more if a micro-batch is larger
 
 def version_problem():
@@ -44,7 +44,7 @@ def devices():
     gpu = torch.accelerator.current_accelerator()  # the kind this PyTorch is built for; cuda means ROCm, too
     archs = re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))  # empty without an NVIDIA card
     if gpu is None:
-        problem = 'this PyTorch is built for the CPU alone; pytorch.org/get-started has the others'
+        problem = 'this PyTorch is built for the CPU alone: pytorch.org/get-started has GPU builds'
     elif not torch.accelerator.is_available():
         problem = f'PyTorch finds no {gpu.type} device, or its driver is missing or too old'
     elif gpu.type == 'mps' and torch.__version__ < '2.13.dev0':  # pytorch/pytorch#195910
@@ -153,7 +153,7 @@ def set_up(device, threads=0):
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that an older glibc allows,
         mallopt(-3, 1 << 30)  # and more for a newer one
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    count = threads or min(torch.get_num_threads(), cores())
+    count = min(threads or torch.get_num_threads(), cores())
     if kind(device) == 'cpu' and count > 1 and not threads and not dist.is_initialized():
         count = pick_threads(count)
     torch.set_num_threads(count)
@@ -302,13 +302,14 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     batch_size and n_micro that fit, compile and why it is off (not_compiled), whether an update can be a CUDA
     graph, seconds of each update (all_seconds), the least (seconds), and seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
-    decides = dist.is_initialized() or config['dtype'] == 'float16' or config['gradient_checkpointing']
+    # float16's scaler, checkpointing and DDP run Python code in each update
+    needs_python = config['dtype'] == 'float16' or config['gradient_checkpointing'] or dist.is_initialized()
 
     def attempt(batch_size, n_micro, compiled):
         if kind(device) != 'cpu':
             torch.accelerator.reset_peak_memory_stats(device)
         try:
-            graph = not decides and n_micro <= 8  # Python decides nothing, and the graph is not long
+            graph = not needs_python and n_micro <= 8  # a long graph takes memory and saves little
             return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph,
                                rounds)
         except (RuntimeError, MemoryError) as error:
@@ -327,12 +328,14 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     trial = attempt(config['batch_size'], n_micro, compiled=wish == 'true' and not problem)
     if wish == 'auto':
         saves = run_seconds(trial.seconds) * (0.05 if kind(device) == 'cpu' else 0.25)  # seconds, roughly
-        problem = compile_problem(device) if saves > 60 else 'that takes a minute, and would save less'
+        problem = 'compiling takes about a minute and would save less'
+        if saves > 60:
+            problem = compile_problem(device)
         if not problem:
             compiled = attempt(trial.batch_size, trial.n_micro, compiled=True)
             if compiled.seconds <= 0.97 * trial.seconds:
                 return compiled
-            problem = f'compiled updates take {compiled.seconds / trial.seconds:.0%} of the time'
+            problem = f'compiled updates take {compiled.seconds / trial.seconds:.0%} of the time of others'
     trial.not_compiled = problem
     return trial
 
@@ -366,7 +369,7 @@ def plan(config, given, n_tokens, vocab_size):
         n_layer += 2
     # 11 n_layer n_embd^2 + vocab_size n_embd = n_params
     n_embd = ((vocab_size**2 + 44 * n_layer * n_params)**0.5 - vocab_size) / (22 * n_layer)
-    n_head = max(2, round(n_embd / 64))
+    n_head = given.get('n_head', max(2, round(n_embd / 64)))
     n_kv_head = 1 if n_head % 2 else n_head // 2
     if given.keys() & {'n_layer', 'n_head', 'n_embd'}:
         n_kv_head = 0  # this one may not divide another n_head
@@ -387,7 +390,7 @@ def plan_length(seconds, trial, config, given, n_train, n_val):
     batches = min(eval_iters or n_val, math.ceil(n_val / batch_tokens))  # in an evaluation; 0 reads all
     evaluations = min(8, max(1, int(affordable / batches)))
     left = seconds - evaluations * batches * batch_seconds - 1  # a second for the end of the run
-    max_iters = min(most_updates, max(1, int(left / update_seconds)))
+    max_iters = given.get('max_iters', min(most_updates, max(1, int(left / update_seconds))))
     return dict(max_iters=max_iters, eval_interval=math.ceil(max_iters / evaluations), eval_iters=eval_iters)
 
 if __name__ == '__main__':

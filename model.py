@@ -32,7 +32,7 @@ class GPTConfig:
     n_embd: int = 384  # width
     head_dim: int = 0  # width of a head; 0: n_embd / n_head
     mlp_ratio: float = 2.66  # hidden width over n_embd (SwiGLU's three matrices: 8/3 costs what 4 costs GELU)
-    dropout: float = 0.0  # of embeddings and of what blocks add; 0.1 to 0.3 where the data is seen many times
+    dropout: float = 0.0  # of embeddings and of what blocks add; 0.1 to 0.3 for many passes over the data
     bias: bool = False  # biases in the linear layers and LayerNorm
     use_rms_norm: bool = True  # RMSNorm; false: LayerNorm
     use_swiglu: bool = True  # SwiGLU; false: GELU
@@ -50,9 +50,9 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         positive = all(number > 0 for number in (self.mlp_ratio, self.rope_theta, self.norm_eps))
         for holds, problem in [
-            (divides, f'n_embd {self.n_embd} does not divide into n_head {self.n_head}'),
+            (divides, f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}'),
             (self.n_head % self.n_kv_head == 0,
-             f'n_head {self.n_head} does not divide into n_kv_head {self.n_kv_head}'),
+             f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}'),
             (self.head_dim > 1 and self.head_dim % 2 == 0,
              f'head_dim is {self.head_dim}: it must be even, because RoPE rotates pairs'),
             (0 <= self.dropout < 1, f'dropout is {self.dropout}: it must be at least 0 and below 1'),
@@ -136,8 +136,8 @@ def attention_mask(positions, key_positions, config):
 
 def attention(q, k, v, mask=None):
     """softmax(q k' / sqrt(head_dim) + mask) v. q is (B, n_head, T, head_dim), k and v are (B, n_kv_head, S,
-    head_dim): neighbouring queries share them. mask is (T, S) or (n_head, T, S); None: causal. To change the
-    formula, first delete the three lines that choose a faster kernel for it."""
+    head_dim): neighbouring query heads share one. mask is (T, S) or (n_head, T, S); None: causal. To change
+    the formula, first delete the three lines that choose a faster kernel for it."""
     kernel = faster_attention(q, k, mask)
     if kernel is not None:
         return kernel(q, k, v, mask)
@@ -335,9 +335,9 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, input_ids, max_new_tokens, **options):
-        """The prompts (B, T) with what stream() adds to them: (B, T + max_new_tokens), or fewer if all rows
-        stopped. Of a list of prompts, each (T,) or a list of ids, of any lengths: a list of texts, which are
-        generated one by one."""
+        """Append stream()'s tokens to prompts (B, T) -> (B, T + max_new_tokens), or fewer if all rows ended.
+        A list of prompts of any lengths, each (T,) or a list of ids, gives a list of texts, generated one by
+        one."""
         if isinstance(input_ids, list):
             prompts = [torch.as_tensor(prompt)[None] for prompt in input_ids]
             return [self.generate(prompt, max_new_tokens, **options)[0] for prompt in prompts]
@@ -375,7 +375,7 @@ class KVCache:
         """Start a step of T positions -> them (T,), and those of the keys that extend() will return (S,), or
         None in the first step, where they are the same: plain causal attention."""
         if self.extended != len(self.layers):
-            raise ValueError(f'the cache was used {self.extended} times in this step, not '
+            raise ValueError(f'the cache was used {self.extended} times in the last step, not '
                              f'{len(self.layers)} times as before')
         self.is_beginning = not self.layers
         self.extended = 0
@@ -402,22 +402,22 @@ class KVCache:
         """Go on as n copies of the one sequence read so far."""
         self.layers = [(k.repeat_interleave(n, dim=0), v.repeat_interleave(n, dim=0)) for k, v in self.layers]
 
-LIMITS = dict(  # the least and the most of what stream() is told
+LIMITS = dict(  # least and greatest value of each option of stream()
     max_new_tokens=(1, 2**40), temperature=(0, 100), top_k=(0, 2**40), top_p=(1e-9, 1), min_p=(0, 1),
     repetition_penalty=(0.01, 100), num_samples=(1, 2**16))
 
 def check_drawing(**options):
     for name, value in options.items():
         least, most = LIMITS[name]
-        if not least <= value <= most:  # nor is nan
+        if not least <= value <= most:  # false for nan, too
             raise ValueError(f'{name} is {value}: it must be from {least:g} to {most:g}')
 
 def check_prompts(input_ids, num_samples, vocab_size):
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
-        raise ValueError(f'input_ids must be (B, T) with an id at least, not {input_ids.dtype} '
+        raise ValueError(f'input_ids must be (B, T) with at least one id, not {input_ids.dtype} '
                          f'{tuple(input_ids.shape)}')
     if num_samples > 1 and input_ids.size(0) > 1:
-        raise ValueError(f'num_samples {num_samples} wants one prompt, not {input_ids.size(0)}')
+        raise ValueError(f'num_samples {num_samples} needs one prompt, not {input_ids.size(0)}')
     for id in torch.stack(input_ids.aminmax()).tolist():  # one wait for a GPU
         if not 0 <= id < vocab_size:
             raise ValueError(f'input_ids has the id {id}: the vocabulary has 0 to {vocab_size - 1}')
@@ -510,11 +510,11 @@ def hidden_and_other(model):
     hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     for weight in hidden:
         if len(weight) % getattr(weight, 'parts', 1):
-            raise ValueError(f'a weight with {len(weight)} rows does not divide into parts {weight.parts}')
+            raise ValueError(f'a weight with {len(weight)} rows is not divisible into parts {weight.parts}')
     return hidden, [p for p in model.parameters() if not any(p is weight for weight in hidden)]
 
 def muon(model, settings):
-    """The blocks' linear layers by Muon, which alone decays; the rest by AdamW."""
+    """Muon with weight decay for the blocks' linear layers; AdamW without decay for the rest."""
     hidden, others = hidden_and_other(model)
     betas = settings['beta1'], settings['beta2']
     return [Muon(hidden, settings['muon_learning_rate'], settings['muon_momentum'],
@@ -522,7 +522,7 @@ def muon(model, settings):
             torch.optim.AdamW(others, settings['learning_rate'], betas, weight_decay=0.0, fused=True)]
 
 def adamw(model, settings):
-    """All by AdamW; what has two dimensions or more decays."""
+    """AdamW for all; only parameters with two or more dimensions decay."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
@@ -567,7 +567,7 @@ class Optimizers:
         return {'parts': [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state):
-        """Momenta and the like; the options, which may have changed, stay. ValueError if it does not fit."""
+        """Load momenta and other state, but keep the current options. ValueError if it does not fit."""
         options = [dict(group) for group in self.param_groups]
         for part, saved in zip(self.parts, state['parts'], strict=True):
             part.load_state_dict(saved)
@@ -591,9 +591,9 @@ def make_optimizer(model, settings):
 
 def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=True):
     """-> update(x, y): one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), -> the
-    mean loss and the norm of the gradients, tensors that nothing has waited for. With `graph`, on a CUDA or
+    mean loss and the norm of the gradients, as tensors, without synchronizing. With `graph`, on a CUDA or
     ROCm device, it is a CUDA graph: the next call overwrites the results, and Python's numbers (momentum, the
-    weight of a second loss) stay as they were in the fourth call. Keep in tensors what changes."""
+    weight of a second loss) stay as they were in the fourth call. Keep values that change in tensors."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     several_processes = isinstance(model, nn.parallel.DistributedDataParallel)
 
@@ -658,8 +658,8 @@ def checkpoint_path(path):
                      '"python sample.py --from_hf=FOLDER" makes out-FOLDER/best.pt of a Llama or Qwen3')
 
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote to this file or run folder; ValueError where it is missing, damaged
-    or of another program."""
+    """The dict that save_checkpoint wrote to this file or run folder; ValueError if it is missing, damaged
+    or from another program."""
     path = checkpoint_path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -689,7 +689,7 @@ def load_model(state):
     return model
 
 def start_training(config, settings, saved=None):
-    """A new model of a GPTConfig, or that of a checkpoint, and its optimizer, as a script's settings say."""
+    """A new model, or the checkpoint's, and its optimizer, according to a script's settings."""
     torch.manual_seed(settings['seed'])
     model = load_model({**saved, 'model_config': asdict(config)}) if saved else GPT(config)
     model.to(settings['device'])
@@ -699,7 +699,7 @@ def start_training(config, settings, saved=None):
 
 def starting_point(settings, given):
     """-> (a checkpoint or None, its path or '', {setting: value} of the checkpoint or preset, which given
-    settings override). ValueError where they contradict one another."""
+    settings override). ValueError if they contradict one another."""
     if settings['resume']:
         if given.get('init_from') and 'RANK' not in os.environ:  # torchrun restarts with the same command
             raise ValueError('--resume continues a run, --init_from starts one: choose one of them')
@@ -746,7 +746,7 @@ def check_continues(saved, source, config, meta, data_id):
     if saved['config'].get('optimizer') != config['optimizer']:
         raise ValueError(f'{source} was made by another optimizer: {again}')
     if not {'val_step', 'evals_since_best'} <= saved.keys():
-        raise ValueError(f'{source} is of an earlier version of this program: {again}')
+        raise ValueError(f'{source} is from an earlier version of this program: {again}')
     if saved['dataset_sha256'] != data_id:
         raise ValueError(f'data/{config["dataset"]} is not what {source} was trained on (another sha256): '
                          f'{again}')
@@ -799,8 +799,8 @@ def check_model(model):
 
 # ----------------------------------------------------------------------------
 # Fast paths: for speed and memory alone. FAST = False switches them off; without this section, and with the
-# plain function in each place that calls one, the program is right and slower. Only attention is written a
-# second time; the others call the plain code. Each says what kind of device it is for.
+# plain function in each place that calls one, the program is right and slower. Only attention is written
+# again; the others call the plain code.
 
 FAST = True
 LARGE = 2**20  # elements from which recompute() pays
@@ -856,12 +856,13 @@ def uses_graph(device):
     return FAST and device.type == 'cuda'
 
 def captured(function, device, generator=None):
-    """On CUDA: a function of tensors, of the same shapes in every call, as a graph: one launch instead of
-    hundreds. The next call overwrites its results. generator: one of its own that it draws from."""
+    """The function; on CUDA a graph of it: one launch instead of hundreds. It takes tensors of the same
+    shapes in every call, and the next call overwrites the results. generator: the one that it draws from, if
+    it is not the default one."""
     return Graph(function, device, generator) if uses_graph(device) else function
 
 class Graph:
-    """Three real calls warm up; the fourth is captured, and from then on replayed."""
+    """The first three calls run normally; the fourth is captured, and then replayed."""
 
     def __init__(self, function, device, generator):
         self.function, self.device, self.generator = function, device, generator
@@ -887,7 +888,7 @@ class Graph:
             with torch.cuda.device(self.device):
                 with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
                     self.results = self.function(*self.inputs)
-        except RuntimeError as error:  # which leaves torch unable to go on
+        except RuntimeError as error:  # torch cannot recover from a failed capture
             raise ValueError(f'this model cannot be a CUDA graph ({str(error)[:200]}): use a smaller '
                              'batch_size if memory ran out, else set FAST = False in model.py') from error
 
@@ -897,7 +898,7 @@ if __name__ == '__main__':
     tiny = dict(block_size=32, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
-        with torch.device('meta'):  # train.py counts parameters so
+        with torch.device('meta'):  # as train.py does to count parameters
             GPT(GPTConfig(**{**tiny, **options}))
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**tiny, **options}))

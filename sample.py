@@ -257,7 +257,7 @@ def export_config(c):
         raise ValueError(f'use_rms_norm {c.use_rms_norm}, use_swiglu {c.use_swiglu}, bias {c.bias}, qk_norm '
                          f'{c.qk_norm}: Llama and Qwen3 have RMSNorm, SwiGLU, and not both bias and qk_norm')
     if not c.qk_norm and c.n_embd % c.n_head:
-        raise ValueError(f'n_embd {c.n_embd} does not divide into n_head {c.n_head}, as a Llama has it')
+        raise ValueError(f'n_embd {c.n_embd} is not divisible by n_head {c.n_head}, as a Llama has it')
     for field in fields(c):
         value = getattr(c, field.name)
         if field.name not in SIZES and field.name not in OTHERS and value != field.default:

@@ -852,7 +852,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays(place, monkeypatch):
     ('train.py tiny.py --max_iters=0', 'max_iters is 0'),
     ('train.py tiny.py --device=tpu', '--device=cpu'),
     ('train.py tiny.py --tokens_per_update=200', '128 or 256'),
-    ('train.py tiny.py --n_head=3', 'n_embd 32 does not divide into n_head 3'),
+    ('train.py tiny.py --n_head=3', 'n_embd 32 is not divisible by n_head 3'),
     ('train.py tiny.py --block_size=5000', '1,160 tokens'),
     ('train.py tiny.py --dataset=damaged', 'damaged (prepared: '),
     ('train.py --resume', 'already finished (40 of 40'),
@@ -910,7 +910,7 @@ def test_a_run_ends_with_a_sample_what_its_loss_means_and_what_would_help(place)
     sample, means, better = re.search(
         r'sample  at update 3:\n((?:    .*\n)+)means   (.*)\n.*\nbetter  (.*)\nnext ', out).groups()
     bits = load_checkpoint('new/ckpt.pt')['val_bits_per_byte']
-    pattern = rf'{bits:.2f} bits per byte .* single letters needs 4\.\d\d, .* three letters \d\.\d\d'
+    pattern = rf'{bits:.2f} bits per byte .* byte frequencies takes 4\.\d\d, .* two bytes before it \d\.\d\d'
     assert re.fullmatch(pattern, means)
     assert better == 'python train.py tiny.py --out_dir=new --max_iters=6' and len(sample) > 5
 
@@ -1189,8 +1189,8 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize('wish, minutes, seconds, problem, says', [
     ('auto', 60, 0.5, '', ''),
-    ('auto', 10, 0.5, '', 'takes a minute'),
-    ('auto', 60, 0.98, '', '98% of the time'),
+    ('auto', 10, 0.5, '', 'would save less'),
+    ('auto', 60, 0.98, '', '98% of the time of others'),
     ('auto', 60, 0.5, 'no compiler', 'no compiler'),
     ('true', 0, 1.5, '', ''),
     ('true', 0, 0.5, 'no compiler', 'no compiler'),

@@ -39,7 +39,7 @@ from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check
 out_dir = 'out'  # where ckpt.pt (latest), best.pt (lowest validation loss), log.csv and loss.png go
 resume = False  # continue from out_dir/ckpt.pt with its settings, which config files and flags may change
 init_from = ''  # start from the weights of this checkpoint or run folder, in its shape and tokenizer
-minutes = 0.0  # choose the model and the run so that it takes so long on this machine; 0: as the settings say
+minutes = 0.0  # choose a model and a run that take at most this long here; 0: use the settings as they are
 eval_only = False  # evaluate once and exit
 dry_run = False  # check settings and data, time a few real updates, print the estimate; writes nothing
 interactive = False  # answer questions about the main settings; writes an ordinary config file
@@ -59,7 +59,7 @@ learning_rate = 1e-2  # AdamW's peak
 muon_learning_rate = 0.02  # Muon's peak
 muon_momentum = 0.85  # share of the old momentum that each update keeps; 0.95 for long runs of large updates
 max_iters = 2000  # length of the run, in updates of the weights
-weight_decay = 0.1  # share of a matrix that an update takes away, times the learning rate
+weight_decay = 0.1  # each update shrinks matrices by this share times the learning rate
 beta1 = 0.9  # AdamW: share of the old mean gradient that each update keeps
 beta2 = 0.99  # AdamW: the same for the mean squared gradient; 0.95 for large batches
 grad_clip = 1.0  # largest gradient norm; 0: no limit
@@ -82,7 +82,7 @@ wandb_run_name = ''  # name of the run there; '': out_dir
 device = 'auto'  # auto, cpu, cuda, cuda:1, mps, xpu
 dtype = 'auto'  # of the arithmetic; weights are float32
 compile = 'auto'  # torch.compile; auto: where it pays
-threads = 0  # CPU threads; 0: as many as are fastest now
+threads = 0  # CPU threads; 0: as many as are fastest when the run starts
 seed = 1337  # of weights, batches and dropout
 # ----------------------------------------------------------------------------
 
@@ -95,11 +95,11 @@ ALLOWED = dict(
 SAVE_SECONDS = 300  # save at least this often; with several processes, at the next line of the log
 
 # ----------------------------------------------------------------------------
-# Resolve the settings. Until globals().update(config) read config['name']: plain names are the defaults.
+# Resolve the settings. Until globals().update(config), read config['name']: plain names are the defaults.
 
 configurator.set_up_output()
 if len(sys.argv) == 1:
-    print('no arguments: five minutes of Shakespeare, as by --minutes=5; settings: --help')
+    print('no arguments: at most five minutes of Shakespeare (--minutes=5); --help lists the settings')
     sys.argv += ['--minutes=5', '--offline_dataset=pydoc']
 config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
 with plain_errors():
@@ -221,7 +221,7 @@ if epochs > 20:
     say('note    more than about 20 passes usually overfit: lower max_iters, or set --patience=3')
 if dry_run:
     updates_left = max_iters - (updates_made if resume else 0)
-    say(f'dry run: the run would take about {clock(trial.seconds * updates_left)}, evaluation aside; '
+    say(f'dry run: the run would take about {clock(trial.seconds * updates_left)} without evaluations; '
         f'peak memory {hardware.peak_memory(device) / 2**30:.2f} GiB; nothing was written')
     hardware.end_processes()
     sys.exit()
@@ -229,11 +229,11 @@ if dry_run:
 # ----------------------------------------------------------------------------
 # model and optimizer, new or from the checkpoint
 
-step, tokens_seen, seconds_before = 0, 0, 0.0  # updates, tokens and seconds of earlier calls of this run
+step, tokens_seen, seconds_before = 0, 0, 0.0  # updates and tokens so far; seconds of earlier processes
 val_loss, val_step = math.nan, 0  # of the last evaluation
 best_val_loss, best_step, evals_since_best = math.inf, 0, 0
 with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
-    raw_model, optimizers = start()  # raw_model is what is evaluated, sampled from and saved
+    raw_model, optimizers = start()  # evaluation, samples and checkpoints use raw_model
     check_model(raw_model)
     scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
     if resume:
@@ -286,7 +286,7 @@ def evaluate():
 # output: log, checkpoints, samples; only rank 0 writes
 
 def bits_per_byte(loss):
-    """Nats per token -> bits per UTF-8 byte of the validation text, which compares tokenizers."""
+    """Nats per token -> bits per UTF-8 byte of the validation text, comparable across tokenizers."""
     return loss / math.log(2) * len(data.val) / data.meta['bytes']['val']
 
 def seconds_so_far():
@@ -382,7 +382,8 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
             else:
                 evals_since_best += 1
                 note = f'; not better since update {best_step}: {best_path} keeps its {best_val_loss:.4f}'
-            say(f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{note}')
+            line = f'        validation {val_loss:.4f}, {bits_per_byte(val_loss):.4f} bits per byte{note}'
+            say(line if note else configurator.green(line))
             save_latest()
             if master:
                 with configurator.watching('loss.png'):
@@ -390,8 +391,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
                                 f'{best_val_loss:.4f} at update {best_step}')
             is_turn = sample_interval and step // eval_interval % sample_interval == 0
             if master and is_turn and step < max_iters:
-                with configurator.watching('the sample'):
-                    print_sample()
+                print_sample()
             stopped_early = 0 < patience <= evals_since_best
             logged_at = saved_at = time.monotonic()
         if step == max_iters or stopped_early:
@@ -439,7 +439,7 @@ out_dir_flag = f' --out_dir={shlex.quote(out_dir)}' if out_dir != 'out' else ''
 if interrupted:
     say(f'saved   {ckpt_path} at update {step}; to continue: python train.py --resume{out_dir_flag}')
 else:
-    if stopped_early:
+    if stopped_early and step < max_iters:
         say(f'stopped at update {step}: no better validation loss in {patience} evaluations')
     memory = hardware.peak_memory(device) / 2**30
     say(f'done    in {clock(seconds_so_far())}, peak memory {memory:.2f} GiB; the best validation loss is '
@@ -449,10 +449,13 @@ else:
             print_sample()
     say(f'means   {prepare.judged(bits_per_byte(best_val_loss), data.meta)}')
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
-        say('        (with matplotlib installed a run also draws loss.png)')
+        say('        (pip install matplotlib, and a run also draws loss.png)')
     flags = [flag for flag in sys.argv[1:] if not flag.startswith(('--max_iters=', '--minutes='))]
     if best_step < step or val_loss > train_loss + 0.5:
-        say('better  more text, or --dropout=0.2: the model begins to know the training text by heart')
+        say('better  the model probably overfits: use more text, or more dropout, such as '
+            f'--dropout={min(0.5, dropout + 0.2):g}')
+    elif planning and epochs > 0.95 * hardware.READINGS:
+        say(f'better  more text: with --minutes, a run makes at most {hardware.READINGS} passes over it')
     elif not resume:
         longer = f'--minutes={2 * minutes:g}' if planning else f'--max_iters={2 * max_iters}'
         say(f'better  python train.py {shlex.join([*flags, longer])}')
