@@ -233,7 +233,7 @@ def interview(script, questions):
     def new_name(answer):
         name = re.sub(r'[^\w-]+', '_', answer)
         if os.path.exists(f'config/{name}.py'):
-            raise ValueError(f'config/{name}.py exists already')
+            raise ValueError(f'config/{name}.py exists already: give another name, or run it as it is')
         return name
 
     answers = {setting: ask(*question) for setting, *question in questions}
@@ -244,7 +244,7 @@ def interview(script, questions):
     lines = [f'{setting} = {answer!r}\n' for setting, answer in answers.items() if answer != 'auto']
     path.write_text(f'# python {script} {path}\n{"".join(lines)}', encoding='utf-8')
     print(f'wrote {path}; to run it: python {script} {path}')
-    if ask('start it now', 'yes', choices=('yes', 'no')) == 'yes':
+    if ask('start it now, yes or no', 'yes').lower().startswith('y'):
         os.execv(sys.executable, [sys.executable, script, str(path)])  # so that signals reach the run
     sys.exit()
 
@@ -340,7 +340,7 @@ def show_status(machine, data_sets, load):
             run = load(path)
             config, update, result = run['config'], run['iter_num'], 'not evaluated yet'
             if run['best_step']:
-                result = f'validation loss {run["val_loss"]:.4f}'
+                result = f'last validation loss {run["val_loss"]:.4f}'
             if run['best_step'] and 'val_bits_per_byte' in run:
                 result += f', {run["val_bits_per_byte"]:.4f} bits per byte'
             print(printable(f'run in {path.parent}: {config["dataset"]}, '

@@ -685,7 +685,7 @@ def load_model(state):
         model.load_state_dict(state['model'])
     except RuntimeError as error:  # it lists every weight, a line each
         odd = ' '.join(str(error).split()[5:40])
-        raise ValueError(f"the checkpoint's weights do not fit its model_config: {odd} ...") from None
+        raise ValueError(f'the weights do not fit this model.py (was it another one?): {odd} ...') from None
     return model
 
 def start_training(config, settings, saved=None):

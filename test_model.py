@@ -951,20 +951,21 @@ def test_the_status_lists_every_run_below_and_resumes_the_unfinished_one(place):
     Path('damaged').mkdir()
     Path('damaged/ckpt.pt').touch()
     out, _ = call_script('train.py', '--status')
-    assert 'run in out: plain, update 40 of 40, validation loss ' in out
+    assert 'run in out: plain, update 40 of 40, last validation loss ' in out
     assert 'run in deeper/cut: plain, update 8 of 40' in out and 'reading damaged/ckpt.pt failed' in out
     assert out.endswith('next: python train.py --resume --out_dir=deeper/cut\n')
 
-def test_the_questions_end_in_a_config_file_that_runs(place):
+def test_the_questions_end_in_a_config_file_that_runs(place, monkeypatch):
+    monkeypatch.setattr(hardware, 'devices', lambda: (['cpu'], ''))  # else there is a question about them
     Path('config').mkdir()
     Path('config/plain.py').touch()
-    answers = ['tpu', 'cpu', 'plain', '-1', '0.05', 'huge', 'auto', 'plain', 'my book', 'no']
+    answers = ['nowhere.txt', 'plain', '-1', '0.05', 'huge', 'auto', 'plain', 'my book', 'no']
     out, _ = call_script('train.py', '--interactive', typed='\n'.join(answers))
-    assert 'a text (plain, ' in out and 'start it now (yes, no) [yes]' in out
-    assert '--device=cpu' in out and 'is -1.0' in out and "'huge'" in out and 'config/plain.py exists' in out
+    assert 'a text (plain, ' in out and 'start it now, yes or no [yes]' in out
+    assert 'nowhere.txt is not' in out and 'is -1.0' in out and "'huge'" in out and 'config/plain.py exists' in out
     path = 'config/my_book.py'
     assert Path(path).read_text().splitlines()[1:] == [
-        "device = 'cpu'", "dataset = 'plain'", 'minutes = 0.05', "out_dir = 'out-my_book'"]
+        "dataset = 'plain'", 'minutes = 0.05', "out_dir = 'out-my_book'"]
     assert 'plan    for 0.05 minutes' in call_script('train.py', path, '--dry_run')[0]
 
 def test_two_processes_killed_restarted_and_ended_make_the_updates_of_one(place):

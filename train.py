@@ -113,12 +113,14 @@ with plain_errors():
         sys.exit()
     if config['interactive']:
         print(hardware.table())
-        known, sizes = prepare.known(), ['auto', *presets]
-        configurator.interview(__file__, [
-            ('device', 'device', hardware.pick_device(), hardware.pick_device, hardware.devices()[0]),
+        known, sizes, devices = prepare.known(), ['auto', *presets], hardware.devices()[0]
+        questions = [
             ('dataset', 'data set, or the path of a text', known[0], prepare.find, known),
             ('minutes', 'minutes that training may take', 5.0),
-            ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', None, sizes)])
+            ('model_preset', 'size of the model (auto: what the minutes allow)', 'auto', None, sizes)]
+        if len(devices) > 1:
+            questions.append(('device', 'device', hardware.pick_device(), hardware.pick_device, devices))
+        configurator.interview(__file__, questions)
 
     # below config files and flags: a preset, or the checkpoint that is resumed or started from
     ckpt_path, best_path = (os.path.join(config['out_dir'], name) for name in ('ckpt.pt', 'best.pt'))
@@ -451,7 +453,7 @@ else:
     if not os.path.exists(os.path.join(out_dir, 'loss.png')):
         say('        (pip install matplotlib, and a run also draws loss.png)')
     flags = [flag for flag in sys.argv[1:] if not flag.startswith(('--max_iters=', '--minutes='))]
-    if best_step < step or val_loss > train_loss + 0.5:
+    if best_step < step:
         say('better  the model probably overfits: use more text, or more dropout, such as '
             f'--dropout={min(0.5, dropout + 0.2):g}')
     elif planning and epochs > 0.95 * hardware.READINGS:
