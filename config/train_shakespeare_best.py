@@ -1,4 +1,4 @@
-# The lowest loss on tiny Shakespeare that we know how to reach, in five to six minutes on two CPU cores:
+# The lowest loss on tiny Shakespeare that we know how to reach, in five to nine minutes on two CPU cores:
 #     python train.py config/train_shakespeare_best.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
