@@ -34,7 +34,6 @@ from model import (GPTConfig, OPTIMIZERS, config_from, load_checkpoint, load_mod
 updates = 10  # timed updates (on a GPU: rounds of four); fewer if they take over 20 seconds
 decode_batch = 1  # texts generated at once
 decode_tokens = 50  # tokens generated, after a prompt of block_size / 2
-profile = False  # print the costliest operations of one update instead
 json = False  # print the figures as JSON
 report = False  # print a table of several models on this machine
 record = False  # train three Shakespeare configs with three seeds each: a table, and assets/loss.png
@@ -166,13 +165,6 @@ tokens_per_sec = trial.batch_size * trial.n_micro * block_size / median(trial.al
 mfu = model.flops_per_token() * tokens_per_sec / peak
 compiled = trial.compile == 'true'
 trained = torch.compile(model) if compiled else model
-if profile:
-    list(update_in_parts(trained, optimizer, *sequences(trial.batch_size)))  # warm-up
-    with torch.profiler.profile() as profiler:
-        list(update_in_parts(trained, optimizer, *sequences(trial.batch_size)))
-    by = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
-    print(profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
-    sys.exit()
 ms = {part: [] for part in PARTS}
 for _ in range(len(trial.all_seconds) + 1):
     stamps = [time.perf_counter()]

@@ -43,8 +43,7 @@ minutes = 0.0  # choose a model and a run that take at most this long here; 0: u
 eval_only = False  # evaluate once and exit
 dry_run = False  # check settings and data, time a few real updates, print the estimate; writes nothing
 interactive = False  # answer questions about the main settings; writes an ordinary config file
-show_hardware = False  # print what this machine has and exit
-status = False  # print what is installed, prepared and trained here, and exit
+status = False  # print this machine, the data sets and the runs, and exit
 # data
 dataset = 'shakespeare'  # folder in data/, made by prepare.py
 offline_dataset = ''  # the data set to use where dataset can't be downloaded; '': stop instead
@@ -105,9 +104,6 @@ config, given = configure(GPTConfig, __file__, allowed=ALLOWED)
 with plain_errors():
     if problem := hardware.version_problem():
         raise ValueError(problem)
-    if config['show_hardware']:
-        print(hardware.table())
-        sys.exit()
     if config['status']:
         configurator.show_status(hardware.table(), prepare.data_sets(), load_checkpoint)
         sys.exit()
