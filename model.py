@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import zipfile
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -471,21 +470,39 @@ def polynomial(x, a, b, c):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal for each matrix: https://kellerjordan.github.io/posts/muon. A weight
     with an attribute `parts` is so many equal matrices, one below the other. Rows are scaled to equal norms
-    first, https://arxiv.org/abs/2603.28254. Products are in compute_dtype (None: that of the weights)."""
+    first, https://arxiv.org/abs/2603.28254. Products are in compute_dtype (None: that of the weights).
+    Groups of parameters that have `betas` are AdamW's."""
 
     def __init__(self, params, lr=0.02, momentum=0.85, weight_decay=0.0, compute_dtype=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, capturable=False))
+        defaults = dict(lr=lr, momentum=momentum, betas=None, weight_decay=weight_decay, capturable=False)
+        super().__init__(params, defaults | dict(fused=True))  # load_state_dict() needs it for AdamW's `step`
         self.compute_dtype = compute_dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            if params and group['betas']:
+                self.step_adamw(params, group['lr'], group['betas'], group['weight_decay'])
+                continue
             stacks = {}  # what has the same shape is computed together
-            for p in group['params']:
-                if p.grad is not None:
-                    stacks.setdefault((p.shape, getattr(p, 'parts', 1)), []).append(p)
-            for (_, parts), params in stacks.items():
-                self.step_together(params, parts, group['lr'], group['momentum'], group['weight_decay'])
+            for p in params:
+                stacks.setdefault((p.shape, getattr(p, 'parts', 1)), []).append(p)
+            for (_, parts), stack in stacks.items():
+                self.step_together(stack, parts, group['lr'], group['momentum'], group['weight_decay'])
+
+    def step_adamw(self, params, lr, betas, weight_decay):
+        """The kernel of torch.optim.AdamW; the class itself takes seconds, as it imports torch.compile."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+        names = 'exp_avg', 'exp_avg_sq', 'step'
+        averages, squares, steps = ([self.state[p][name] for p in params] for name in names)
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(params, [p.grad for p in params], averages, squares, [], steps, lr=lr,
+                            beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=1e-8,
+                            amsgrad=False, maximize=False)
 
     def step_together(self, params, parts, lr, momentum, weight_decay):
         for p in params:
@@ -516,78 +533,44 @@ def hidden_and_other(model):
 def muon(model, settings):
     """Muon with weight decay for the blocks' linear layers; AdamW without decay for the rest."""
     hidden, others = hidden_and_other(model)
-    betas = settings['beta1'], settings['beta2']
-    return [Muon(hidden, settings['muon_learning_rate'], settings['muon_momentum'],
-                 settings['weight_decay'], model.compute_dtype),
-            torch.optim.AdamW(others, settings['learning_rate'], betas, weight_decay=0.0, fused=True)]
+    rest = dict(params=others, lr=settings['learning_rate'], betas=(settings['beta1'], settings['beta2']),
+                weight_decay=0.0)
+    return Muon([dict(params=hidden), rest], settings['muon_learning_rate'], settings['muon_momentum'],
+                settings['weight_decay'], model.compute_dtype)
 
 def adamw(model, settings):
     """AdamW for all; only parameters with two or more dimensions decay."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
-    return [torch.optim.AdamW(groups, settings['learning_rate'], (settings['beta1'], settings['beta2']),
-                              weight_decay=settings['weight_decay'], fused=True)]
+    return torch.optim.AdamW(groups, settings['learning_rate'], (settings['beta1'], settings['beta2']),
+                             weight_decay=settings['weight_decay'], fused=True)
 
-OPTIMIZERS = {'muon': muon, 'adamw': adamw}  # name: function(model, settings) -> a list of torch's optimizers
-
-class Optimizers:
-    """Several optimizers, each with its own parameters, as one."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    @property
-    def capturable(self):
-        """Whether a step can be a CUDA graph: all that changes is in tensors."""
-        return all(group.get('capturable') for group in self.param_groups)
-
-    def scale_learning_rates(self, scale):
-        """Set each group's learning rate to this share of its peak_lr. A tensor stays the same tensor, as a
-        CUDA graph reads it."""
-        for group in self.param_groups:
-            if torch.is_tensor(group['lr']):
-                group['lr'].fill_(group['peak_lr'] * scale)
-            else:
-                group['lr'] = group['peak_lr'] * scale
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return {'parts': [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        """Load momenta and other state, but keep the current options. ValueError if it does not fit."""
-        options = [dict(group) for group in self.param_groups]
-        for part, saved in zip(self.parts, state['parts'], strict=True):
-            part.load_state_dict(saved)
-        for group, own in zip(self.param_groups, options):
-            group.update({**own, 'params': group['params']})
+OPTIMIZERS = {'muon': muon, 'adamw': adamw}  # name: function(model, settings) -> a torch.optim.Optimizer
 
 def make_optimizer(model, settings):
     """The optimizer of settings['optimizer'], with a 'peak_lr' in each group. ValueError unless each
-    parameter is in exactly one group."""
-    optimizer = Optimizers(OPTIMIZERS[settings['optimizer']](model, settings))
+    parameter is in one group; torch itself refuses two."""
+    optimizer = OPTIMIZERS[settings['optimizer']](model, settings)
     device = model.embedding.weight.device
     for group in optimizer.param_groups:
         group['peak_lr'] = group['lr']
         if uses_graph(device) and 'capturable' in group:  # what changes is then read from tensors
             group.update(capturable=True, lr=torch.tensor(group['lr'], device=device))
-    times = Counter(p for group in optimizer.param_groups for p in group['params'])
+    optimized = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
-        if times[p] != 1:
-            raise ValueError(f'{name} is in {times[p]} groups of the optimizer: it must be in one')
+        if p not in optimized:
+            raise ValueError(f'{name} is in no group of the optimizer: it would not be trained')
     return optimizer
+
+def scale_learning_rates(optimizer, scale):
+    """Set each group's learning rate to this share of its peak_lr. A tensor stays the same tensor, as a CUDA
+    graph reads it."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group['lr']):
+            group['lr'].fill_(group['peak_lr'] * scale)
+        else:
+            group['lr'] = group['peak_lr'] * scale
 
 def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=True):
     """-> update(x, y): one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), -> the
@@ -612,7 +595,8 @@ def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=T
         optimizer.zero_grad()
         return total, norm
 
-    return captured(update, next(model.parameters()).device) if graph and optimizer.capturable else update
+    graph = graph and all(group.get('capturable') for group in optimizer.param_groups)
+    return captured(update, next(model.parameters()).device) if graph else update
 
 def cosine(step, warmup_iters, last, cooldown):
     """Half a cosine from the end of the warm-up to update `last`."""
@@ -741,7 +725,7 @@ def check_continues(saved, source, config, meta, data_id):
             raise ValueError(f'{name} is {before} in {source} and cannot become {config[name]}')
     if not config['resume']:
         return
-    if 'optimizer' not in saved:
+    if 'state' not in saved.get('optimizer', {}):
         raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {again}')
     if saved['config'].get('optimizer') != config['optimizer']:
         raise ValueError(f'{source} was made by another optimizer: {again}')
@@ -803,7 +787,7 @@ def check_model(model):
 # again; the others call the plain code.
 
 FAST = True
-LARGE = 2**20  # elements from which recompute() pays
+LARGE = 3 * 10**6  # elements from which recompute() pays; below, it saves little and takes up to 7 % longer
 MANY_LOGITS = 2**24  # the most that in_slices() makes at once on a CPU; elsewhere 64 times as many
 
 def faster_attention(q, k, mask):
@@ -898,8 +882,6 @@ if __name__ == '__main__':
     tiny = dict(block_size=32, vocab_size=256, n_layer=3, n_head=4, n_embd=128)
     for options in (dict(), dict(n_kv_head=1, head_dim=16), dict(gradient_checkpointing=True, dropout=0.1),
                     dict(use_rms_norm=False, use_swiglu=False, qk_norm=False, bias=True)):
-        with torch.device('meta'):  # as train.py does to count parameters
-            GPT(GPTConfig(**{**tiny, **options}))
         torch.manual_seed(0)
         model = GPT(GPTConfig(**{**tiny, **options}))
         check_model(model)

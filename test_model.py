@@ -350,6 +350,16 @@ def test_muon_moves_each_part_nearly_orthogonally_and_about_as_torch_optim_muon_
     values = torch.linalg.svdvals(moved.view(4, 16, 32))
     assert 0.1 < values.min() and values.max() < 1.4 and 0.8 < values.mean() < 1.1
 
+def test_muons_groups_with_betas_take_the_steps_of_torch_optim_adamw():
+    start, options = torch.randn(5, 7), dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = gpt.Muon([dict(params=[ours], **options)]), torch.optim.AdamW([theirs], fused=True, **options)
+    for step in range(3):
+        ours.grad, theirs.grad = (torch.full_like(start, step - 0.5) for _ in range(2))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
 def checkpoint(model, **changes):
     fields = {name: kind() for name, kind in gpt.FIELDS.items()}
     return fields | dict(model=model.state_dict(), model_config=vars(model.config).copy()) | changes
@@ -458,11 +468,12 @@ def test_an_added_parameter_starts_as_initialised_and_is_trained_and_saved(empty
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error(monkeypatch):
     model = tiny()
-    some = lambda model, settings: [torch.optim.SGD(model.blocks.parameters(), lr=0.1)]
-    twice = lambda model, settings: some(model, settings) + [torch.optim.SGD(model.parameters(), lr=0.1)]
+    some = lambda model, settings: torch.optim.SGD(model.blocks.parameters(), lr=0.1)
+    groups = [dict(params=part.parameters()) for part in (model.blocks, model)]
+    twice = lambda model, settings: torch.optim.SGD(groups, lr=0.1)
     monkeypatch.setattr(gpt, 'OPTIMIZERS', dict(some=some, twice=twice))
-    assert 'embedding.weight is in 0 groups' in refusal(make_optimizer, model, 'some')
-    assert 'is in 2 groups' in refusal(make_optimizer, model, 'twice')
+    assert 'embedding.weight is in no group' in refusal(make_optimizer, model, 'some')
+    assert 'more than one parameter group' in refusal(make_optimizer, model, 'twice')
 
 # ----------------------------------------------------------------------------
 # CUDA graphs and compiled graphs, on the CPU
@@ -522,7 +533,7 @@ def test_updates_that_are_replayed_equal_real_ones_bit_for_bit(graphs_on_cpu, mo
         optimizer, losses = make_optimizer(model, kind), []
         update = gpt.make_update(model, optimizer, n_micro=2)
         for step in range(10):
-            optimizer.scale_learning_rates(1 / (1 + step))
+            gpt.scale_learning_rates(optimizer, 1 / (1 + step))
             torch.manual_seed(step)
             batch = ids(8, 17, seed=step)
             losses.append(torch.stack(update(batch[:, :-1], batch[:, 1:])))

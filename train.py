@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from unittest import mock
 
 began = time.monotonic()  # before the slow imports: elapsed_s counts them
 
@@ -31,7 +32,8 @@ import hardware
 import prepare
 from configurator import clock, configure, plain_errors, progress
 from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
-                   load_checkpoint, make_update, presets, save_checkpoint, start_training, starting_point)
+                   load_checkpoint, make_update, presets, save_checkpoint, scale_learning_rates,
+                   start_training, starting_point)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
@@ -152,7 +154,7 @@ with plain_errors():
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
-    with torch.device('meta'):
+    with mock.patch('torch.nn.init.normal_'):  # memory that nothing is written to takes none
         n_params = GPT(gpt_config).n_params()
     hardware.check_memory(config['device'], n_params)
     n_micro = hardware.set_accumulation(config, world_size)
@@ -231,11 +233,12 @@ step, tokens_seen, seconds_before = 0, 0, 0.0  # updates and tokens so far; seco
 val_loss, val_step = math.nan, 0  # of the last evaluation
 best_val_loss, best_step, evals_since_best = math.inf, 0, 0
 with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
-    raw_model, optimizers = start()  # evaluation, samples and checkpoints use raw_model
+    raw_model, torch_optimizer = start()  # evaluation, samples and checkpoints use raw_model
     check_model(raw_model)
     scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
     if resume:
-        optimizers.load_state_dict(checkpoint['optimizer'])
+        options = torch_optimizer.state_dict()['param_groups']  # those of this run, not the checkpoint's
+        torch_optimizer.load_state_dict(dict(state=checkpoint['optimizer']['state'], param_groups=options))
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         step, tokens_seen = checkpoint['iter_num'], checkpoint['tokens_seen']
@@ -306,7 +309,7 @@ def save(path, **more):
             val_bits_per_byte=bits_per_byte(val_loss), scaler=scaler.state_dict(), **more))
 
 def save_latest():
-    save(ckpt_path, optimizer=optimizers.state_dict())
+    save(ckpt_path, optimizer=torch_optimizer.state_dict())
 
 def read_losses():
     """Mean loss and last gradient norm since the last call. Reading waits for the GPU, so several are read at
@@ -345,7 +348,7 @@ if eval_only:
 
 model = torch.compile(raw_model) if compile == 'true' else raw_model
 model = hardware.share_gradients(model)
-update = make_update(model, optimizers, n_micro, grad_clip, scaler, trial.graph)  # forward, backward, step
+update = make_update(model, torch_optimizer, n_micro, grad_clip, scaler, trial.graph)  # forward, backward, step
 
 # the run numbers its sequences, and each update reads the next ones, however many processes share them
 rows_per_update = n_micro * batch_size
@@ -398,7 +401,7 @@ with plain_errors(survivors), hardware.plain_memory_errors('try a smaller batch_
         # set the learning rate
         scale = learning_rate_scale(step)
         lr = learning_rate * scale
-        optimizers.scale_learning_rates(scale)
+        scale_learning_rates(torch_optimizer, scale)
 
         # one update of the weights
         torch.manual_seed(seed + 1000003 * (step + 1) + rank)  # so that a resumed run draws the same dropout
