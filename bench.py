@@ -101,7 +101,7 @@ def print_record():
         n_params = load_model(state).n_params()
         each = ', '.join(f'{loss:.3f}' for loss in losses)
         print(f'| `{path}` | {n_params / 1e6:.2f}M | {each} | {mean(losses):.3f} '
-              f'| {min(seconds):.0f} to {max(seconds):.0f} s |')
+              f'| {min(seconds):.1f} to {max(seconds):.1f} s |')
     axes.axhline(A100, color='grey', linestyle='--', label="nanoGPT's 10.7M-parameter model on an A100")
     axes.set(xlabel=f'seconds on {hardware.device_name(device)}', ylabel='loss (nats per character)',
              ylim=(1.2, 2.8), title='tiny Shakespeare (thin lines: training)')
@@ -185,7 +185,7 @@ stamps = [time.perf_counter()]
 for new in model.stream(prompt, decode_tokens + 5, temperature=0.8, top_k=200):
     new.tolist()  # as sample.py does: waits for the device
     stamps.append(time.perf_counter())
-# the next four steps also lay out the weights or capture the graph
+# the next four steps also capture the graph
 prefill, _, _, _, _, *steps = [1000 * (b - a) for a, b in itertools.pairwise(stamps)]
 # at best a step takes as long as reading every weight once
 weights, bandwidth = sum(p.nbytes for p in model.parameters()), hardware.measure_bandwidth(device)

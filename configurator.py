@@ -340,9 +340,8 @@ def show_status(machine, data_sets, load):
             run = load(path)
             config, update, result = run['config'], run['iter_num'], 'not evaluated yet'
             if run['best_step']:
-                result = f'last validation loss {run["val_loss"]:.4f}'
-            if run['best_step'] and 'val_bits_per_byte' in run:
-                result += f', {run["val_bits_per_byte"]:.4f} bits per byte'
+                result = (f'last validation loss {run["val_loss"]:.4f}, {run["val_bits_per_byte"]:.4f} bits '
+                          'per byte')
             print(printable(f'run in {path.parent}: {config["dataset"]}, '
                             f'update {update} of {config["max_iters"]}, {result}'))
             folder = shlex.quote(str(path.parent))

@@ -13,6 +13,7 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from json import dumps
+from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -137,11 +138,12 @@ def table():
     return '\n'.join(lines)
 
 def set_up(device, threads=0):
-    """Set up float32 products, malloc and CPU threads (0: as many as are fastest now) -> their number."""
+    """Set up imports, float32 products, malloc and CPU threads (0: as many as are fastest now) -> their
+    number."""
     if ':' in device:
         torch.get_device_module(device).set_device(device)
     for name in ('add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'):
-        # torch wraps these to hide them from torch.compile, whose import takes seconds; nothing here needs it
+        # torch hides these from torch.compile, and imports it for that, in seconds; none is compiled here
         method = getattr(torch.optim.Optimizer, name)
         setattr(torch.optim.Optimizer, name, getattr(method, '__wrapped__', method))
     torch.set_float32_matmul_precision('high')  # TF32
@@ -299,12 +301,12 @@ def set_accumulation(config, world_size):
     config['tokens_per_update'] = n_micro * micro_tokens
     return n_micro
 
-def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
+def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds, most_seconds=20):
     """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
     make_update as in model.py, sequences(n) -> x, y. A single process halves micro-batches until they fit.
     compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. -> the
     batch_size and n_micro that fit, compile and why it is off (not_compiled), whether an update can be a CUDA
-    graph, seconds of each update (all_seconds), the least (seconds), and seconds_per_evaluated_token."""
+    graph, seconds of each update (all_seconds), their median (seconds), seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
     # float16's scaler, checkpointing and DDP run Python code in each update
     needs_python = config['dtype'] == 'float16' or config['gradient_checkpointing'] or dist.is_initialized()
@@ -315,7 +317,7 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
         try:
             graph = not needs_python and n_micro <= 8  # a long graph takes memory and saves little
             return try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph,
-                               rounds)
+                               rounds, most_seconds)
         except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or dist.is_initialized() or not out_of_memory(error):
                 raise
@@ -343,40 +345,39 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds=3):
     trial.not_compiled = problem
     return trial
 
-def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph, rounds):
+def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph, rounds,
+                most_seconds):
     model, optimizer = start()
     tried = min(n_micro, 2)  # more micro-batches take no more memory
     update = make_update(torch.compile(model) if compiled else model, optimizer, tried, graph=graph)
     x, y = sequences(tried * batch_size)
     calls = 1 if kind(device) == 'cpu' else 4  # in a round: a GPU runs several without a wait
     times = []
-    while len(times) < rounds and (len(times) < 2 or calls * sum(times) < 20):  # seconds
+    while len(times) < rounds and (len(times) < 2 or calls * sum(times) < most_seconds):
         times.append(timed(device, lambda: update(x, y), calls))
     all_seconds = [seconds * n_micro / tried for seconds in times[1:]]  # the first round warms up
     x_val, y_val = sequences(max(batch_size, EVALUATION_TOKENS // x.size(1)))
     model.eval()
     with torch.no_grad():
         evaluation = min(timed(device, lambda: model(x_val, y_val, return_logits=False)) for _ in range(2))
-    means = mean_over_processes([min(all_seconds, default=0.0), evaluation / x_val.numel()], device)
+    means = mean_over_processes([median(all_seconds or [0.0]), evaluation / x_val.numel()], device)
     return SimpleNamespace(
         batch_size=batch_size, n_micro=n_micro, compile='true' if compiled else 'false', not_compiled='',
         graph=graph, all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
 
 def plan(config, given, n_tokens, vocab_size):
-    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to ten
-    minutes on two cores: best are about as many parameters as tokens that are read, 6 operations each, and
-    no dropout. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for endless text.)"""
+    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to five
+    minutes on a core or two: best are about half as many parameters as tokens that are read, and no dropout.
+    (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for far longer runs.)"""
     operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
-    n_params = min((operations / 6)**0.5, READINGS * n_tokens)
-    n_layer = 2
-    while 12 * n_layer * (64 * n_layer)**2 + vocab_size * 64 * n_layer < n_params:
-        n_layer += 2
+    n_params = min((operations / 12)**0.5, READINGS * n_tokens)  # 6 operations a parameter and token
+    n_layer = given.get('n_layer', 2)
+    while 'n_layer' not in given and 12 * n_layer * (64 * n_layer)**2 + vocab_size * 64 * n_layer < n_params:
+        n_layer += 1
     # 11 n_layer n_embd^2 + vocab_size n_embd = n_params
     n_embd = ((vocab_size**2 + 44 * n_layer * n_params)**0.5 - vocab_size) / (22 * n_layer)
-    n_head = given.get('n_head', max(2, round(n_embd / 64)))
+    n_head = given.get('n_head', max(2, round(given.get('n_embd', n_embd) / 64)))
     n_kv_head = 1 if n_head % 2 else n_head // 2
-    if given.keys() & {'n_layer', 'n_head', 'n_embd'}:
-        n_kv_head = 0  # this one may not divide another n_head
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=64 * n_head,
         block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,

@@ -467,15 +467,15 @@ def polynomial(x, a, b, c):
     y.diagonal(dim1=1, dim2=2).add_(a)
     return y
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal for each matrix: https://kellerjordan.github.io/posts/muon. A weight
-    with an attribute `parts` is so many equal matrices, one below the other. Rows are scaled to equal norms
-    first, https://arxiv.org/abs/2603.28254. Products are in compute_dtype (None: that of the weights).
-    Groups of parameters that have `betas` are AdamW's."""
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups of parameters with a `momentum`, AdamW for those with `betas`. Muon: Nesterov momentum,
+    made orthogonal for each matrix, https://kellerjordan.github.io/posts/muon. A weight with an attribute
+    `parts` is so many equal matrices, one below the other. Rows are scaled to equal norms first,
+    https://arxiv.org/abs/2603.28254. Products are in compute_dtype (None: that of the weights)."""
 
-    def __init__(self, params, lr=0.02, momentum=0.85, weight_decay=0.0, compute_dtype=None):
-        defaults = dict(lr=lr, momentum=momentum, betas=None, weight_decay=weight_decay, capturable=False)
-        super().__init__(params, defaults | dict(fused=True))  # load_state_dict() needs it for AdamW's `step`
+    def __init__(self, groups, compute_dtype=None):
+        # fused: so that load_state_dict() moves AdamW's `step` to the device
+        super().__init__(groups, dict(betas=None, weight_decay=0.0, fused=True, capturable=False))
         self.compute_dtype = compute_dtype
 
     @torch.no_grad()
@@ -492,7 +492,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_together(stack, parts, group['lr'], group['momentum'], group['weight_decay'])
 
     def step_adamw(self, params, lr, betas, weight_decay):
-        """The kernel of torch.optim.AdamW; the class itself takes seconds, as it imports torch.compile."""
+        """The kernel of torch.optim.AdamW, whose class would import torch.compile, which takes seconds."""
         for p in params:
             if not self.state[p]:
                 self.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
@@ -524,7 +524,8 @@ class Muon(torch.optim.Optimizer):
 
 def hidden_and_other(model):
     """The weights of the blocks' linear layers, and every other parameter, whatever its shape."""
-    hidden = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    hidden = list(dict.fromkeys(linear.weight for linear in linears))  # a tied weight once
     for weight in hidden:
         if len(weight) % getattr(weight, 'parts', 1):
             raise ValueError(f'a weight with {len(weight)} rows is not divisible into parts {weight.parts}')
@@ -533,24 +534,25 @@ def hidden_and_other(model):
 def muon(model, settings):
     """Muon with weight decay for the blocks' linear layers; AdamW without decay for the rest."""
     hidden, others = hidden_and_other(model)
-    rest = dict(params=others, lr=settings['learning_rate'], betas=(settings['beta1'], settings['beta2']),
-                weight_decay=0.0)
-    return Muon([dict(params=hidden), rest], settings['muon_learning_rate'], settings['muon_momentum'],
-                settings['weight_decay'], model.compute_dtype)
+    matrices = dict(params=hidden, lr=settings['muon_learning_rate'], momentum=settings['muon_momentum'],
+                    weight_decay=settings['weight_decay'])
+    betas = settings['beta1'], settings['beta2']
+    rest = dict(params=others, lr=settings['learning_rate'], betas=betas)
+    return MuonAdamW([matrices, rest], model.compute_dtype)
 
 def adamw(model, settings):
     """AdamW for all; only parameters with two or more dimensions decay."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, settings['learning_rate'], (settings['beta1'], settings['beta2']),
-                             weight_decay=settings['weight_decay'], fused=True)
+    options = dict(lr=settings['learning_rate'], betas=(settings['beta1'], settings['beta2']))
+    return MuonAdamW([dict(params=matrices, weight_decay=settings['weight_decay'], **options),
+                      dict(params=vectors, **options)])
 
 OPTIMIZERS = {'muon': muon, 'adamw': adamw}  # name: function(model, settings) -> a torch.optim.Optimizer
 
 def make_optimizer(model, settings):
     """The optimizer of settings['optimizer'], with a 'peak_lr' in each group. ValueError unless each
-    parameter is in one group; torch itself refuses two."""
+    parameter is in a group; torch itself refuses two."""
     optimizer = OPTIMIZERS[settings['optimizer']](model, settings)
     device = model.embedding.weight.device
     for group in optimizer.param_groups:
@@ -571,6 +573,12 @@ def scale_learning_rates(optimizer, scale):
             group['lr'].fill_(group['peak_lr'] * scale)
         else:
             group['lr'] = group['peak_lr'] * scale
+
+def load_optimizer(optimizer, saved):
+    """Load momenta and other state, but keep the current options. ValueError if the groups differ."""
+    groups = zip(optimizer.param_groups, saved['param_groups'])
+    options = [current | dict(params=group['params']) for current, group in groups]
+    optimizer.load_state_dict(dict(state=saved['state'], param_groups=options))
 
 def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=True):
     """-> update(x, y): one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), -> the
@@ -726,11 +734,10 @@ def check_continues(saved, source, config, meta, data_id):
     if not config['resume']:
         return
     if 'state' not in saved.get('optimizer', {}):
-        raise ValueError(f'{source} has no optimizer state (a copy of best.pt?): {again}')
+        raise ValueError(f'{source} has no optimizer state that this version reads (is it a copy of best.pt, '
+                         f'or older?): {again}')
     if saved['config'].get('optimizer') != config['optimizer']:
         raise ValueError(f'{source} was made by another optimizer: {again}')
-    if not {'val_step', 'evals_since_best'} <= saved.keys():
-        raise ValueError(f'{source} is from an earlier version of this program: {again}')
     if saved['dataset_sha256'] != data_id:
         raise ValueError(f'data/{config["dataset"]} is not what {source} was trained on (another sha256): '
                          f'{again}')

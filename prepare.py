@@ -366,12 +366,9 @@ def ngram_bits(train, val):
 
 def judged(bits, meta):
     """Bits per byte of the validation text, beside those of ngram_bits()"""
-    sentence = f'{bits:.2f} bits per byte of the validation text'
-    if 'ngram_bits' in meta:  # an older data set has none
-        single, triple = meta['ngram_bits'].values()
-        sentence += (f'; predicting each byte from byte frequencies takes {single:.2f}, from the two bytes '
-                     f'before it {triple:.2f}')
-    return sentence
+    single, triple = meta['ngram_bits'].values()
+    return (f'{bits:.2f} bits per byte of the validation text; predicting each byte from byte frequencies '
+            f'takes {single:.2f}, from the two bytes before it {triple:.2f}')
 
 def write_tokens(new, coder, pieces):
     """Encode ('train' or 'val', piece), where a piece of None is a separator, into train.bin and val.bin

@@ -342,7 +342,7 @@ def test_muon_moves_each_part_nearly_orthogonally_and_about_as_torch_optim_muon_
     ours.parts, ours.grad = 4, grad * torch.rand(64, 1) * 9
     for p, part in zip(theirs, grad.chunk(4)):
         p.grad = part
-    gpt.Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1).step()
+    gpt.MuonAdamW([dict(params=[ours], lr=0.02, momentum=0.95, weight_decay=0.1)]).step()
     torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn='original').step()
     step, expected = ours - start, torch.cat(theirs) - start
     assert (step - expected).norm() < 0.5 * expected.norm()  # each is nearly orthogonal in its own way
@@ -350,10 +350,10 @@ def test_muon_moves_each_part_nearly_orthogonally_and_about_as_torch_optim_muon_
     values = torch.linalg.svdvals(moved.view(4, 16, 32))
     assert 0.1 < values.min() and values.max() < 1.4 and 0.8 < values.mean() < 1.1
 
-def test_muons_groups_with_betas_take_the_steps_of_torch_optim_adamw():
+def test_groups_with_betas_take_the_steps_of_torch_optim_adamw():
     start, options = torch.randn(5, 7), dict(lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    optimizers = gpt.Muon([dict(params=[ours], **options)]), torch.optim.AdamW([theirs], fused=True, **options)
+    optimizers = gpt.MuonAdamW([dict(params=[ours], **options)]), torch.optim.AdamW([theirs], **options)
     for step in range(3):
         ours.grad, theirs.grad = (torch.full_like(start, step - 0.5) for _ in range(2))
         for optimizer in optimizers:
@@ -667,7 +667,7 @@ def update_of(path):
 # sampling
 
 @pytest.mark.parametrize('T, block_size', [
-    (1, 64), (100, 200),  # the cache grows from 128 to 200
+    (1, 64), (100, 200),
     *(pytest.param(T, 16, marks=formula) for T in (15, 16, 40)),  # past the window
 ])
 def test_greedy_generation_takes_the_likeliest_token_at_every_length(T, block_size):
@@ -878,6 +878,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays(place, monkeypatch):
     ('sample.py --from_hf=Smol-135M', 'run "hf download OWNER/Smol-135M --local-dir Smol-135M" first'),
     ('sample.py --out_dir=HF/Smol-135M', '"python sample.py --from_hf=FOLDER" makes out-FOLDER/best.pt'),
     ('train.py --resume --minutes=9', '--minutes is for new models'),
+    ('train.py tiny.py --n_embd=1048576', 'use a smaller model'),
     ('train.py --init_from=out --model_preset=tiny', '--model_preset is for new models'),
     ('train.py tiny.py --eval_only', '--eval_only needs --resume or --init_from'),
 ])
@@ -924,6 +925,11 @@ def test_a_run_ends_with_a_sample_what_its_loss_means_and_what_would_help(place)
     pattern = rf'{bits:.2f} bits per byte .* byte frequencies takes 4\.\d\d, .* two bytes before it \d\.\d\d'
     assert re.fullmatch(pattern, means)
     assert better == 'python train.py tiny.py --out_dir=new --max_iters=6' and len(sample) > 5
+
+def test_state_of_other_groups_of_parameters_is_not_resumed(place, monkeypatch):
+    whole = lambda model, settings: torch.optim.AdamW(model.parameters())
+    monkeypatch.setitem(gpt.OPTIMIZERS, 'muon', whole)
+    assert 'state' in call_script('train.py', '--resume', '--max_iters=50', status=2)[1]
 
 def test_patience_stops_a_run_that_no_longer_gets_better_and_resuming_it_too(place):
     out, _ = call_script('train.py', 'tiny.py', '--learning_rate=0', '--muon_learning_rate=0', '--patience=2')
@@ -1208,15 +1214,22 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
     ('true', 0, 0.5, 'no compiler', 'no compiler'),
 ])
 def test_updates_are_compiled_if_that_works_and_pays(monkeypatch, wish, minutes, seconds, problem, says):
-    def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, graph, rounds):
+    def try_updates(start, make_update, sequences, batch_size, n_micro, device, compiled, *limits):
         return SimpleNamespace(batch_size=8, n_micro=1, compiled=compiled, not_compiled='',
                                seconds=seconds if compiled else 1.0)
 
     monkeypatch.setattr(hardware, 'try_updates', try_updates)
     monkeypatch.setattr(hardware, 'compile_problem', lambda device: problem)
     config = dict(device='cpu', compile=wish, batch_size=8, dtype='float32', gradient_checkpointing=False)
-    trial = hardware.fit(None, None, None, config, 1, lambda seconds: 60 * minutes * seconds)
+    trial = hardware.fit(None, None, None, config, 1, lambda seconds: 60 * minutes * seconds, rounds=3)
     assert trial.compiled == (not says) and says in trial.not_compiled
+
+def test_a_plan_follows_the_shape_that_is_given(monkeypatch):
+    monkeypatch.setattr(hardware, 'measure_flops', lambda device, dtype: 1e11)
+    config = dict(device='cpu', dtype='float32', minutes=5)
+    shape = lambda **given: [hardware.plan(config, given, 10**6, 65)[name] for name in ('n_head', 'n_kv_head')]
+    assert [shape(n_embd=512), shape(n_embd=192, n_head=6), shape(n_layer=1), shape(n_layer=40)] == [
+        [8, 4], [6, 3], [5, 1], [2, 1]]
 
 @pytest.mark.parametrize('seconds, n_train, n_val, given, evaluations, eval_iters', [
     (1000, 10**9, 10**6, {}, 8, 25),

@@ -32,8 +32,8 @@ import hardware
 import prepare
 from configurator import clock, configure, plain_errors, progress
 from model import (GPT, GPTConfig, OPTIMIZERS, SCHEDULES, check_continues, check_model, config_from,
-                   load_checkpoint, make_update, presets, save_checkpoint, scale_learning_rates,
-                   start_training, starting_point)
+                   load_checkpoint, load_optimizer, make_update, presets, save_checkpoint,
+                   scale_learning_rates, start_training, starting_point)
 
 # ----------------------------------------------------------------------------
 # settings: change them here, in a config file, or by --name=value; the model's are the fields of GPTConfig
@@ -154,8 +154,8 @@ with plain_errors():
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
-    with mock.patch('torch.nn.init.normal_'):  # memory that nothing is written to takes none
-        n_params = GPT(gpt_config).n_params()
+    with mock.patch('torch.nn.init.normal_'), hardware.plain_memory_errors('use a smaller model'):
+        n_params = GPT(gpt_config).n_params()  # weights that are not filled take no memory
     hardware.check_memory(config['device'], n_params)
     n_micro = hardware.set_accumulation(config, world_size)
 
@@ -171,8 +171,9 @@ with plain_errors():
         return 60 * config['minutes'] if planning else seconds * updates
 
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
-        trial = hardware.fit(start, make_update, sequences, config, n_micro, run_seconds,
-                             rounds=0 if config['eval_only'] else 3)
+        rounds = 0 if config['eval_only'] else 20 if planning else 3
+        trial = hardware.fit(start, make_update, sequences, config, n_micro, run_seconds, rounds,
+                             most_seconds=3 * config['minutes'] if planning else 20)
     config.update(batch_size=trial.batch_size, compile=trial.compile)
     n_micro = trial.n_micro
     if planning:
@@ -181,6 +182,8 @@ with plain_errors():
         length = {name: value for name, value in hardware.from_rank_0(length).items() if name not in given}
         planned |= length
         config |= length
+        if n_micro > 1:
+            planned['tokens_per_update'] = config['tokens_per_update']
 
 globals().update(config)  # from here on no setting changes
 
@@ -237,8 +240,7 @@ with plain_errors(), hardware.plain_memory_errors('choose a smaller model'):
     check_model(raw_model)
     scaler = torch.amp.GradScaler(hardware.kind(device), enabled=dtype == 'float16')
     if resume:
-        options = torch_optimizer.state_dict()['param_groups']  # those of this run, not the checkpoint's
-        torch_optimizer.load_state_dict(dict(state=checkpoint['optimizer']['state'], param_groups=options))
+        load_optimizer(torch_optimizer, checkpoint['optimizer'])
         if checkpoint['scaler'] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint['scaler'])
         step, tokens_seen = checkpoint['iter_num'], checkpoint['tokens_seen']
@@ -348,7 +350,7 @@ if eval_only:
 
 model = torch.compile(raw_model) if compile == 'true' else raw_model
 model = hardware.share_gradients(model)
-update = make_update(model, torch_optimizer, n_micro, grad_clip, scaler, trial.graph)  # forward, backward, step
+update = make_update(model, torch_optimizer, n_micro, grad_clip, scaler, trial.graph)
 
 # the run numbers its sequences, and each update reads the next ones, however many processes share them
 rows_per_update = n_micro * batch_size
@@ -361,7 +363,7 @@ batches = prepare.batches(data.train, first_row, rows_per_update, stride, block_
 
 signals = configurator.catch_signals(quiet=not master)
 peak, _ = hardware.peak_flops(device, dtype)
-unread, train_loss, stopped_early, interrupted = [], math.nan, False, False
+unread, stopped_early, interrupted = [], False, False
 first_step = logged_step = step
 logged_at = saved_at = time.monotonic()
 gc.collect()

@@ -16,7 +16,7 @@ n_embd = 768
 mlp_ratio = 3.1
 block_size = 1024
 vocab_size = 50304  # GPT-2's 50,257, rounded up to a multiple of 64, which GPUs multiply faster
-batch_size = 32  # sequences on each GPU; halved by itself where memory runs out on one GPU
+batch_size = 32  # sequences on each GPU; halved automatically where memory runs out on one GPU
 tokens_per_update = 524288
 
 max_iters = 5000
