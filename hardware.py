@@ -138,12 +138,12 @@ def table():
     return '\n'.join(lines)
 
 def set_up(device, threads=0):
-    """Set up imports, float32 products, malloc and CPU threads (0: as many as are fastest now) -> their
-    number."""
+    """Avoid a slow import; set up float32 products, malloc and CPU threads (0: as many as are fastest now)
+    -> their number."""
     if ':' in device:
         torch.get_device_module(device).set_device(device)
     for name in ('add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'):
-        # torch hides these from torch.compile, and imports it for that, in seconds; none is compiled here
+        # torch excludes these from torch.compile, and imports the compiler for that, which takes seconds
         method = getattr(torch.optim.Optimizer, name)
         setattr(torch.optim.Optimizer, name, getattr(method, '__wrapped__', method))
     torch.set_float32_matmul_precision('high')  # TF32
@@ -169,7 +169,7 @@ def pick_threads(most):
     """Measure which number of CPU threads is fastest now: all, half or one. While another program uses a
     core, threads that wait for each other can be far slower than one."""
     x = torch.randn(256, 256)  # small, like the products of a small model
-    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many each number of threads makes in 0.12 seconds
+    products = {most: 0, (most + 1) // 2: 0, 1: 0}  # how many each number of threads makes
     for threads in 3 * list(products):
         torch.set_num_threads(threads)
         end = time.perf_counter() + 0.04
@@ -304,7 +304,8 @@ def set_accumulation(config, world_size):
 def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds, most_seconds=20):
     """Try updates, and a batch of an evaluation, on throwaway models: start() -> (model, optimizer),
     make_update as in model.py, sequences(n) -> x, y. A single process halves micro-batches until they fit.
-    compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. -> the
+    compile=auto also tries compiled updates, if run_seconds(seconds of an update) is long enough. A trial
+    takes `rounds` updates (on a GPU: rounds of four), or fewer if they take over most_seconds. -> the
     batch_size and n_micro that fit, compile and why it is off (not_compiled), whether an update can be a CUDA
     graph, seconds of each update (all_seconds), their median (seconds), seconds_per_evaluated_token."""
     device, wish = config['device'], config['compile']
@@ -337,6 +338,8 @@ def fit(start, make_update, sequences, config, n_micro, run_seconds, rounds, mos
         problem = 'compiling takes about a minute and would save less'
         if saves > 60:
             problem = compile_problem(device)
+            if mean_over_processes([bool(problem)], device)[0] > 0:
+                problem = problem or 'it fails in another process'
         if not problem:
             compiled = attempt(trial.batch_size, trial.n_micro, compiled=True)
             if compiled.seconds <= 0.97 * trial.seconds:
@@ -366,12 +369,12 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
         graph=graph, all_seconds=all_seconds, seconds=means[0], seconds_per_evaluated_token=means[1])
 
 def plan(config, given, n_tokens, vocab_size):
-    """The settings of a run of config's minutes on a text of n_tokens. Measured for half a minute to five
-    minutes on a core or two: best are about half as many parameters as tokens that are read, and no dropout.
+    """The settings of a run of config's minutes on a text of n_tokens. About half as many parameters as
+    tokens read, without dropout, had the lowest loss after half a minute to five minutes on one or two cores.
     (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for far longer runs.)"""
     operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
-    n_params = min((operations / 12)**0.5, READINGS * n_tokens)  # 6 operations a parameter and token
-    n_layer = given.get('n_layer', 2)
+    n_params = min((operations / 12)**0.5, READINGS * n_tokens / 2)  # 6 operations a parameter and token
+    n_layer = max(1, given.get('n_layer', 2))
     while 'n_layer' not in given and 12 * n_layer * (64 * n_layer)**2 + vocab_size * 64 * n_layer < n_params:
         n_layer += 1
     # 11 n_layer n_embd^2 + vocab_size n_embd = n_params

@@ -485,7 +485,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if params and group['betas']:
                 self.step_adamw(params, group['lr'], group['betas'], group['weight_decay'])
                 continue
-            stacks = {}  # what has the same shape is computed together
+            stacks = {}  # weights of equal shape are computed together
             for p in params:
                 stacks.setdefault((p.shape, getattr(p, 'parts', 1)), []).append(p)
             for (_, parts), stack in stacks.items():
@@ -511,10 +511,10 @@ class MuonAdamW(torch.optim.Optimizer):
         buffers, grads = [self.state[p]['momentum_buffer'] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         x = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
-        x = x.to(self.compute_dtype or x.dtype).view(len(params) * parts, -1, x.size(-1))
+        x = x.view(len(params) * parts, -1, x.size(-1))
         rows, columns = x.shape[1:]
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
-        x = x * (rows**-0.5 / norms).to(x.dtype)  # equal rows, norm 1
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+        x = (x * (rows**-0.5 / norms)).to(self.compute_dtype or x.dtype)  # equal rows, norm 1
         wide = x if rows <= columns else x.mT  # the smaller gram
         root = inverse_root(wide @ wide.mT) * (lr * max(1, rows / columns) ** 0.5)
         change = root @ x if rows <= columns else x @ root
@@ -525,11 +525,11 @@ class MuonAdamW(torch.optim.Optimizer):
 def hidden_and_other(model):
     """The weights of the blocks' linear layers, and every other parameter, whatever its shape."""
     linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    hidden = list(dict.fromkeys(linear.weight for linear in linears))  # a tied weight once
+    hidden = dict.fromkeys(linear.weight for linear in linears)  # a tied weight once
     for weight in hidden:
         if len(weight) % getattr(weight, 'parts', 1):
             raise ValueError(f'a weight with {len(weight)} rows is not divisible into parts {weight.parts}')
-    return hidden, [p for p in model.parameters() if not any(p is weight for weight in hidden)]
+    return list(hidden), [p for p in model.parameters() if p not in hidden]
 
 def muon(model, settings):
     """Muon with weight decay for the blocks' linear layers; AdamW without decay for the rest."""
@@ -552,7 +552,7 @@ OPTIMIZERS = {'muon': muon, 'adamw': adamw}  # name: function(model, settings) -
 
 def make_optimizer(model, settings):
     """The optimizer of settings['optimizer'], with a 'peak_lr' in each group. ValueError unless each
-    parameter is in a group; torch itself refuses two."""
+    parameter is in a group; torch itself refuses one that is in two."""
     optimizer = OPTIMIZERS[settings['optimizer']](model, settings)
     device = model.embedding.weight.device
     for group in optimizer.param_groups:
@@ -575,10 +575,15 @@ def scale_learning_rates(optimizer, scale):
             group['lr'] = group['peak_lr'] * scale
 
 def load_optimizer(optimizer, saved):
-    """Load momenta and other state, but keep the current options. ValueError if the groups differ."""
+    """Load momenta and other state, but keep the current options. ValueError if they do not fit."""
     groups = zip(optimizer.param_groups, saved['param_groups'])
     options = [current | dict(params=group['params']) for current, group in groups]
     optimizer.load_state_dict(dict(state=saved['state'], param_groups=options))
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and name != 'step' and value.shape != p.shape:
+                raise ValueError(f'{name} {tuple(value.shape)} does not fit a parameter {tuple(p.shape)}: '
+                                 'was model.py reordered?')
 
 def make_update(model, optimizer, n_micro=1, grad_clip=1.0, scaler=None, graph=True):
     """-> update(x, y): one update of the weights from n_micro micro-batches, x and y (n_micro * B, T), -> the

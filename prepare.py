@@ -481,7 +481,7 @@ def load_dataset(name):
     try:
         meta = json.loads((folder / 'meta.json').read_text('utf-8'))
         train, val = (np.memmap(folder / f'{split}.bin', meta['dtype'], 'r') for split in ('train', 'val'))
-        if {'train': len(train), 'val': len(val)} != meta['tokens']:
+        if {'train': len(train), 'val': len(val)} != meta['tokens'] or not meta['ngram_bits']:
             raise ValueError('cut short')
     except (OSError, KeyError, ValueError):
         text = folder.name if folder.name in KNOWN else f'TEXT.txt --name={folder.name}'

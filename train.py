@@ -154,8 +154,10 @@ with plain_errors():
     if checkpoint:
         check_continues(checkpoint, source, config, data.meta, prepare.text_id(data))
     prepare.check_fits(data, config)
-    with mock.patch('torch.nn.init.normal_'), hardware.plain_memory_errors('use a smaller model'):
-        n_params = GPT(gpt_config).n_params()  # weights that are not filled take no memory
+    # weights that are not filled take no memory; on the meta device, torch imports its compiler
+    unfilled = mock.patch('torch.nn.init.normal_', lambda weight, *_, **__: weight)
+    with unfilled, hardware.plain_memory_errors('use a smaller model'):
+        n_params = GPT(gpt_config).n_params()
     hardware.check_memory(config['device'], n_params)
     n_micro = hardware.set_accumulation(config, world_size)
 
@@ -171,9 +173,10 @@ with plain_errors():
         return 60 * config['minutes'] if planning else seconds * updates
 
     with hardware.plain_memory_errors('choose a smaller block_size or model, or --gradient_checkpointing'):
-        rounds = 0 if config['eval_only'] else 20 if planning else 3
-        trial = hardware.fit(start, make_update, sequences, config, n_micro, run_seconds, rounds,
-                             most_seconds=3 * config['minutes'] if planning else 20)
+        limits = dict(rounds=0 if config['eval_only'] else 3)
+        if planning:
+            limits = dict(rounds=20, most_seconds=3 * config['minutes'])
+        trial = hardware.fit(start, make_update, sequences, config, n_micro, run_seconds, **limits)
     config.update(batch_size=trial.batch_size, compile=trial.compile)
     n_micro = trial.n_micro
     if planning:
