@@ -370,10 +370,11 @@ def try_updates(start, make_update, sequences, batch_size, n_micro, device, comp
 
 def plan(config, given, n_tokens, vocab_size):
     """The settings of a run of config's minutes on a text of n_tokens. About half as many parameters as
-    tokens read, without dropout, had the lowest loss after half a minute to five minutes on one or two cores.
-    (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for far longer runs.)"""
+    tokens read, without dropout, had the lowest loss after half a minute to five minutes on one or two cores;
+    at most as many, if the text is short. (20 tokens a parameter, https://arxiv.org/abs/2203.15556, are for
+    far longer runs.)"""
     operations = 0.3 * measure_flops(config['device'], config['dtype']) * 60 * config['minutes']
-    n_params = min((operations / 12)**0.5, READINGS * n_tokens / 2)  # 6 operations a parameter and token
+    n_params = min((operations / 12)**0.5, READINGS * n_tokens)  # 6 operations a parameter and token
     n_layer = max(1, given.get('n_layer', 2))
     while 'n_layer' not in given and 12 * n_layer * (64 * n_layer)**2 + vocab_size * 64 * n_layer < n_params:
         n_layer += 1
@@ -383,8 +384,8 @@ def plan(config, given, n_tokens, vocab_size):
     n_kv_head = 1 if n_head % 2 else n_head // 2
     return dict(
         n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=64 * n_head,
-        block_size=64 if n_params < 4e5 else 128 if n_params < 1.2e6 else 256 if n_params < 2e7 else 1024,
-        batch_size=max(8, round(n_params / 4e5)), lr_schedule='linear', warmup_iters=10)
+        block_size=64 if n_params < 3e5 else 128 if n_params < 8e5 else 256 if n_params < 1.4e7 else 1024,
+        batch_size=max(8, round(n_params / 3e5)), lr_schedule='linear', warmup_iters=10)
 
 def plan_length(seconds, trial, config, given, n_train, n_val):
     """max_iters, eval_interval and eval_iters for the seconds that are left: at most READINGS passes over the
