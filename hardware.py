@@ -390,7 +390,7 @@ def plan(config, given, n_tokens, vocab_size):
 def plan_length(seconds, trial, config, given, n_train, n_val):
     """max_iters, eval_interval and eval_iters for the seconds that are left: at most READINGS passes over the
     text, and up to eight evaluations of 5 to 25 batches (or the given eval_iters) in 5 % of the time."""
-    update_seconds = 1.07 * trial.seconds  # the loop adds 7 % to a trial's updates
+    update_seconds = 1.07 * trial.seconds  # a margin: the loop adds a few percent
     most_updates = max(1, READINGS * n_train // config['tokens_per_update'])
     batch_tokens = max(trial.batch_size, EVALUATION_TOKENS // config['block_size']) * config['block_size']
     batch_seconds = batch_tokens * trial.seconds_per_evaluated_token

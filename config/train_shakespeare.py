@@ -1,4 +1,4 @@
-# A character-level model of Shakespeare in five to six minutes on two CPU cores, in seconds on a GPU:
+# A character-level model of Shakespeare in about six minutes on two CPU cores, in seconds on a GPU:
 #     python train.py config/train_shakespeare.py
 dataset = 'shakespeare'
 offline_dataset = 'pydoc'  # where Shakespeare can't be downloaded; '' stops instead
