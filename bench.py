@@ -2,7 +2,6 @@
 
     python bench.py --model_preset=small                # train.py's settings and flags, and those below
     python bench.py config/train_shakespeare.py         # that run, on its data
-    python bench.py --report                            # a table for this machine, in up to ten minutes
     python bench.py --record                            # the README's results and picture, in about an hour
 
 Medians, with the least and the most in brackets; timings are synchronized, warm-up is excluded.
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from json import dumps, loads
+from json import dumps
 from statistics import mean, median
 
 import torch
@@ -35,7 +34,6 @@ updates = 10  # timed updates (on a GPU: rounds of four); fewer if they take ove
 decode_batch = 1  # texts generated at once
 decode_tokens = 50  # tokens generated, after a prompt of block_size / 2
 json = False  # print the figures as JSON
-report = False  # print a table of several models on this machine
 record = False  # train three Shakespeare configs with three seeds each: a table, and assets/loss.png
 # ----------------------------------------------------------------------------
 PARTS = ('data', 'forward', 'backward', 'optimizer')  # of an update
@@ -47,31 +45,6 @@ ONE_OR_MORE = (1, 10**9)
 ALLOWED = dict(
     model_preset=('', *presets), optimizer=OPTIMIZERS, compile=('auto', 'true', 'false'),
     batch_size=ONE_OR_MORE, updates=ONE_OR_MORE, decode_batch=ONE_OR_MORE, decode_tokens=ONE_OR_MORE)
-
-def print_report():
-    """The table. Each row is measured in a process of its own, so that its peak memory is its own."""
-    gpt2 = ('--n_layer=12 --n_head=12 --n_kv_head=4 --n_embd=768 --mlp_ratio=3.1 --block_size=1024 '
-            '--vocab_size=50304 --batch_size=16')
-    models = [*(f'--model_preset={preset}' for preset in presets), gpt2]
-    rows = [f'{model} --compile={on}' for model in models for on in ('false', 'true')]
-    rows += [f'{gpt2} {flag}' for flag in ('--decode_batch=16', '--gradient_checkpointing')]
-    if device == 'cpu':
-        small = '--n_layer=4 --n_head=4 --n_kv_head=2 --n_embd=256'
-        rows = [f'{small} --block_size={n} --batch_size={4096 // n}' for n in (128, 512, 2048)]
-        rows += [f'--model_preset={preset} --batch_size=4 --block_size=256' for preset in list(presets)[:3]]
-    print(f'{hardware.device_name(device)}, torch {torch.__version__}, {time.strftime("%Y-%m-%d")}\n')
-    print('| settings | parameters | training tokens/s | MFU | peak GiB | decoding tokens/s | of bandwidth |')
-    print('|---|---|---|---|---|---|---|')
-    command = [sys.executable, __file__, '--json', f'--device={device}', '--updates=5', '--decode_tokens=20']
-    for row in rows:
-        done = subprocess.run([*command, *row.split()], capture_output=True, text=True)
-        if done.returncode:  # out of memory, say
-            print(f'| `{row}` | failed: {" ".join(done.stderr.split())[-80:]} | | | | | |')
-            continue
-        f = loads(done.stdout.splitlines()[-1])
-        print(f'| `{row}` | {f["parameters"] / 1e6:.1f}M | {f["tokens_per_sec"]:,.0f} | {f["mfu"]:.0%} '
-              f'| {f["peak_memory"] / 2**30:.2f} | {f["decode_tokens_per_sec"]:,.0f} '
-              f'| {f["bandwidth_share"]:.0%} |')
 
 def print_record():
     """The table of three configs, each trained with three seeds, and the losses of seed 1 as a picture."""
@@ -117,9 +90,6 @@ with plain_errors():
     dtype = hardware.pick_dtype(device, config['dtype'])
     threads = hardware.set_up(device, config['threads'])
     config.update(device=device, dtype=dtype, threads=threads)
-    if config['report']:
-        print_report()
-        sys.exit()
     if config['record']:
         print_record()
         sys.exit()
